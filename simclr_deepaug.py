@@ -155,7 +155,7 @@ def settings(argv=None) -> argparse.Namespace:
     g.add_argument("--probe-every", type=int, default=0, metavar="EPOCHS", help="probe during training too; 0: never")
     g.add_argument("--transfer", choices=["shapes", "cifar10", "cifar100"], nargs="+", default=[],
                    help="linear probe of the trained encoder on these data sets too (Fig. 15, 16, 20)")
-    g.add_argument("--export", choices=["torchscript", "pt2"], default="torchscript", help="pt2: torch.export beside it")
+    g.add_argument("--export", choices=["torchscript", "pt2"], default="torchscript", help="pt2: its format beside it")
     g.add_argument("--compare", nargs="+", metavar="RUN", help="only print and draw these finished runs")
 
     a = p.parse_args(argv)
@@ -165,7 +165,8 @@ def settings(argv=None) -> argparse.Namespace:
     defaults = {k: p.get_default(k) for k in vars(a)}
     check_settings(a)
     differs = [f"{k.replace('_', '')}{'_'.join(map(str, v)) if isinstance(v, list) else Path(str(v)).name}"
-               for k, v in vars(a).items() if k in defaults and k not in FREE | {"dataset", "seed"} and v != defaults[k]]
+               for k, v in vars(a).items()
+               if k in defaults and k not in FREE | {"dataset", "seed"} and v != defaults[k]]
     a.name = "-".join([NAME, a.dataset] + ([a.preset] if a.preset != "default" else []) + differs)
     return a
 
@@ -247,7 +248,7 @@ def draw_shapes(n: int, seed: int, device) -> tuple[Tensor, Tensor]:
         ((r * sector(dots).cos() - 0.68) ** 2 + (r * sector(dots).sin()) ** 2).sqrt() - 0.28,
         torch.maximum(torch.maximum(x.abs(), y.abs()) - 0.85, ((across - 0.5).abs() - 0.27) * 1.7 / bars),
     ]).gather(0, family.expand(1, n, 32, 32))[0]
-    shape = (0.5 - distance * radius * 16).clamp(0, 1).unsqueeze(1)                           # [n, 1, 32, 32], soft edge
+    shape = (0.5 - distance * radius * 16).clamp(0, 1).unsqueeze(1)                           # [n, 1, 32, 32], soft
     light, dark = uniform(0.7, 1, 1, 1, 1), uniform(0, 0.3, 1, 1, 1)
     swap = uniform(0, 1, 1, 1, 1) < 0.5                              # dark on light or light on dark, a little tinted:
     ink = torch.where(swap, light, dark) + uniform(-0.1, 0.1, 3, 1, 1)    # were colours free, SimCLR could tell the
@@ -519,7 +520,7 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0) 
     for op in torch.randperm(4).tolist():                            # one order a batch, drawn on the host
         x = (brightness, contrast, saturation, hue)[op](x, factor(0.4, 1.0) if op < 3 else factor(0.1, 0.0))
     x = torch.where(chance(0.2), gray(x), x)
-    if blur > 0:                                                     # SimCLR App. A: sigma .1-2, kernel 10 % of the side
+    if blur > 0:                                                     # SimCLR App. A: sigma .1-2, kernel side/10
         sigma = torch.empty(n, 1, 1, 1, device=device).uniform_(0.1, 2.0)
         m = blur_matrix(torch.where(chance(blur), sigma, 0.0).flatten(), size, max(3, size // 10 | 1)).unsqueeze(1)
         x = m @ x @ m.mT
@@ -854,7 +855,7 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
     steps: of one epoch; after_epoch(epoch): called every --probe-every epochs. Returns what was measured."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     no_gradient, no_statistics = frozen_layers(a)
-    for l, layer in zip(LAYERS, net.layers.values(), strict=True):
+    for l, layer in zip(LAYERS, net.layers.values()):
         layer.requires_grad_(l not in no_gradient)
     trained = [p for p in net.parameters() if p.requires_grad]
     if not trained:
@@ -890,7 +891,7 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
 
     def set_mode():
         net.train()
-        for l, layer in zip(LAYERS, net.layers.values(), strict=True):
+        for l, layer in zip(LAYERS, net.layers.values()):
             if l in no_statistics:
                 layer.eval()
 
@@ -975,7 +976,7 @@ def on_signals(handler):
     try:
         yield
     finally:
-        for n, old in zip(numbers, before, strict=True):
+        for n, old in zip(numbers, before):
             signal.signal(n, old)
 
 
@@ -987,7 +988,7 @@ def on_signals(handler):
 def encode(net: Net, split: Split, a, device) -> tuple[Tensor, Tensor | None]:
     """Frozen features of layer 5 on unaugmented pictures: (float32 [N, dim], labels [N] or None)."""
     net.eval()
-    x, index = zip(*((net.features(images).float(), i) for images, i in eval_batches(split, a, device)), strict=True)
+    x, index = zip(*((net.features(images).float(), i) for images, i in eval_batches(split, a, device)))
     return torch.cat(x), None if split.labels is None else split.labels[torch.cat(index)]
 
 
@@ -1033,7 +1034,7 @@ def weighted_knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: 
     k and t as lightly's published table)."""
     x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
     correct = torch.zeros((), device=x.device)
-    for q, target in zip(x_test.split(1024), y_test.split(1024), strict=True):
+    for q, target in zip(x_test.split(1024), y_test.split(1024)):
         cosine, index = (q @ x.T).topk(min(k, len(x)), dim=1)                                 # [q, k]
         votes = torch.zeros(len(q), classes, device=x.device).scatter_add_(1, y[index], (cosine / t).exp())
         correct += (votes.argmax(1) == target).sum()
@@ -1111,7 +1112,7 @@ def draw_figures(a, net: Net, split: Split, out: Path, device, report: dict, pro
         rows = [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
     panels = ["loss", "alignment", "uniformity", "effective_rank", "embedding_std"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6))
-    for axis, key in zip(axes.flat, panels, strict=False):
+    for axis, key in zip(axes.flat, panels):
         axis.plot([r["epoch"] for r in rows], [r[key] for r in rows])
         axis.set(title=key.replace("_", " "), xlabel="epoch")
     axis = axes.flat[5]
@@ -1153,28 +1154,26 @@ def compare(runs: list) -> dict:
         fail("--compare: none of these folders holds a finished, probed run of this script")
     print(f"{'run':44} {'layer':>6} {'stop':>5} {'rate':>5} {'epochs':>6} {'seeds':>5} {'linear %':>14} {'kNN %':>14}"
           f" {'untrained %':>11}")
-    table, lines = {}, {}
+    table, lines = {}, {}                                            # lines: [(layer, mean, std)] of each kind of run
     for rs in groups.values():
-        f, name = rs[0]["flags"], re.sub(r"-s\d+$", "", rs[0]["run"])
-        values = [r["linear"] for r in rs]
-        table[name] = {"linear": mean_std(values), "knn": mean_std([r["knn"] for r in rs]), "seeds": len(rs)}
-        layer = ",".join(map(str, rs[0]["layers_augmented"])) or "none"
-        print(f"{name.removeprefix(NAME + '-')[:44]:44} {layer:>6} {'yes' if f['stop_grad'] else 'no':>5} {f['rate']:5} "
-              f"{f['epochs']:6} {len(rs):5} {pm(table[name]['linear']):>14} {pm(table[name]['knn']):>14} "
-              f"{statistics.mean(r['linear_untrained'] for r in rs):11.2f}")
-        if len(rs[0]["layers_augmented"]) < 2:
-            kind = "no Deep Augmentation" if layer == "none" else f"{'with' if f['stop_grad'] else 'without'} stop-gradient"
-            lines.setdefault(kind, []).append((rs[0]["layers_augmented"], *table[name]["linear"]))
+        f, name, targets = rs[0]["flags"], re.sub(r"-s\d+$", "", rs[0]["run"]), rs[0]["layers_augmented"]
+        linear, knn = mean_std([r["linear"] for r in rs]), mean_std([r["knn"] for r in rs])
+        untrained = statistics.mean(r["linear_untrained"] for r in rs)
+        table[name] = {"linear": linear, "knn": knn, "linear_untrained": untrained, "seeds": len(rs)}
+        print(f"{name.removeprefix(NAME + '-')[:44]:44} {','.join(map(str, targets)) or 'none':>6} "
+              f"{'yes' if f['stop_grad'] else 'no':>5} {f['rate']:5} {f['epochs']:6} {len(rs):5} {pm(linear):>14} "
+              f"{pm(knn):>14} {untrained:11.2f}")
+        if len(targets) < 2:
+            kind = f"{'with' if f['stop_grad'] else 'without'} stop-gradient" if targets else "no Deep Augmentation"
+            lines.setdefault(kind, []).append(((targets or [0])[0], *linear))
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for kind, points in sorted(lines.items()):
+        layer, mean, std = zip(*sorted(points))
         if kind == "no Deep Augmentation":
-            for _, mean, _ in points:
-                axis.axhline(mean, color="grey", linestyle="--", label=kind)
+            axis.axhline(max(mean), color="grey", linestyle="--", label=kind)
         else:
-            points.sort()
-            axis.errorbar([p[0][0] for p in points], [p[1] for p in points], [p[2] for p in points], fmt="o-", capsize=3,
-                          label=kind)
+            axis.errorbar(layer, mean, std, fmt="o-", capsize=3, label=kind)
     axis.set(xlabel="layer of Deep Augmentation", ylabel="linear probe, test accuracy %", xticks=list(LAYERS))
     axis.legend()
     path = Path(runs[0]).parent / "compare.png"
@@ -1225,7 +1224,7 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
               "flags": config_of(a), "measurements": report}
     with torch.no_grad(), warnings.catch_warnings(), written_whole(out / "encoder.pt") as part:
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)          # "use torch.export"
-        traced = torch.jit.trace_module(encoder, {"forward": example, "activations": example}, strict=False)
+        traced = torch.jit.trace_module(encoder, {"forward": example, "activations": example})
         torch.jit.save(traced, str(part), _extra_files={"config.json": json.dumps(config, default=str)})
         loaded = torch.jit.load(str(part))
         worst = 0.0
@@ -1248,7 +1247,7 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
     with written_whole(out / "weights.safetensors") as part:
         save_file(weights, part)
     limit = max(4, min(2048, (64 << 20) // (3 * split.size ** 2)))   # at most 64 MiB, for cka.py and a first look
-    images, index = zip(*eval_batches(split, a, next(net.parameters()).device, limit), strict=True)
+    images, index = zip(*eval_batches(split, a, next(net.parameters()).device, limit))
     labels = torch.full((len(torch.cat(index)),), -1) if split.labels is None else split.labels[torch.cat(index)].cpu()
     with written_whole(out / "samples.npz") as part, open(part, "wb") as f:
         np.savez(f, images=(torch.cat(images) * 255).round().to(torch.uint8).cpu().numpy(), labels=labels.numpy())
@@ -1340,15 +1339,15 @@ def run(a) -> dict:
 def show(report: dict, out: Path) -> None:
     """The summary at the end of a run."""
     print(f"\n{'':24}{'untrained':>10}{'trained':>10}")
-    for key, label in [("linear", "linear probe, test %"), ("knn", "kNN, test %"), ("alignment_test", "alignment, test"),
-                       ("uniformity_test", "uniformity, test")]:
+    for key, label in {"linear": "linear probe, test %", "knn": "kNN, test %", "alignment_test": "alignment, test",
+                       "uniformity_test": "uniformity, test"}.items():
         if key in report:
             print(f"{label:24}{report[key + '_untrained']:10.2f}{report[key]:10.2f}")
     for key, value in report.items():
         if key.startswith("transfer"):
             print(f"{key:34}{value:10.2f}")
-    print(f"{report['steps']} steps in {report['seconds']:.0f} s, {report['images_per_second']:.0f} images/s (two views "
-          f"each); exported encoder differs from the live one by {report['export_difference']:.1g}")
+    print(f"{report['steps']} steps in {report['seconds']:.0f} s, {report['images_per_second']:.0f} images/s, two "
+          f"views each; the exported encoder differs from the live one by {report['export_difference']:.1g}")
     if report["broken_pictures"]:
         print(f"{report['broken_pictures']} pictures could not be read and were skipped")
     print(f"in {out}: encoder.pt, weights.safetensors, report.json, views.png, curves.png")

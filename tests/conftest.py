@@ -1,0 +1,46 @@
+"""Shared by all tests: one thread (this suite's nets are tiny, and tests may share the machine), real data if there."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported; child processes inherit it
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+@pytest.fixture
+def cli(tmp_path):
+    """cli("simclr_deepaug.py", "--layer", "9") -> finished process (text), run as a user would, in tmp_path."""
+    def call(script, *words, timeout=300, env=None):
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
+    return call
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """A folder of 240 drawn pictures, 32x32 PNG in four class folders: a run on them takes seconds."""
+    from PIL import Image
+
+    import simclr_deepaug as S
+    root = tmp_path_factory.mktemp("few")
+    images, labels = S.draw_shapes(1200, 0, "cpu")
+    for c in range(4):
+        (root / f"class{c}").mkdir()
+        for i, picture in enumerate(images[labels == 5 * c][:60]):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(root / f"class{c}" / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory):
+    """A folder with the real data sets restored by ../shared/data/unpack.py; skips where it is missing."""
+    if not (SHARED / "unpack.py").exists():
+        pytest.skip("no ../shared/data: real data is not here")
+    to = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, str(SHARED / "unpack.py"), "--to", str(to), "cifar-100", "cifar-10"], check=True,
+                   capture_output=True)
+    return to
