@@ -244,11 +244,12 @@ def module_activations(model, names):
 def coadapted_stretch(M):
     """Symmetric map [L, L] of consecutive layers -> (start, end), the first and last layer of the co-adapted stretch.
 
-    The rule is ours: paper 000 marks "start and end of co-adaptation region" by eye (Fig. 10: BERT 8-11; Fig. 9: 4-5).
-    t = the mean CKA of neighbouring layers, the usual likeness. A stretch s..e of at least two layers scores
+    The rule is ours: paper 000 marks "start and end of co-adaptation region" by eye (Fig. 10: BERT 8-11; Fig. 9: 4-5),
+    and means "the later co-adaptation region" (App. C): early layers are alike in most networks. So the stretch starts
+    in the deeper half. With t the mean CKA of neighbouring layers, a stretch s..e of two or more layers scores
         sum over its pairs i < j of (M[i, j] - t)
     so that pairs more alike than neighbours usually are speak for it, and others against: a compact bright square on
-    the diagonal wins, however long. Ties go to the longer stretch, then to the later (the paper targets the later).
+    the diagonal wins, however long. Ties go to the longer stretch, then to the later. Some stretch always wins: look.
     """
     M = torch.as_tensor(M, dtype=torch.float64)
     if M.dim() != 2 or M.shape[0] != M.shape[1] or len(M) < 2:
@@ -256,7 +257,7 @@ def coadapted_stretch(M):
     if not torch.allclose(M, M.T, atol=1e-6):  # NaN fails here too
         raise ValueError("a co-adapted stretch needs a symmetric map (one network with itself) without NaN")
     gain = torch.triu(M - M.diagonal(1).mean(), 1)
-    stretches = [(s, e) for s in range(len(M)) for e in range(s + 1, len(M))]
+    stretches = [(s, e) for s in range((len(M) - 1) // 2, len(M)) for e in range(s + 1, len(M))]
     return max(stretches, key=lambda c: (round(float(gain[c[0]:c[1] + 1, c[0]:c[1] + 1].sum()), 9), c[1] - c[0], c[1]))
 
 

@@ -344,13 +344,13 @@ def blocks(sizes, inside, outside):
 
 
 def test_stretch_on_constructed_maps():
-    assert cka.coadapted_stretch(blocks([3, 4, 2], [0.9, 0.9, 0.9], 0.2)) == (3, 6)  # the longest
-    assert cka.coadapted_stretch(blocks([3, 3], [0.9, 0.9], 0.2)) == (3, 5)  # a tie: the later
-    assert cka.coadapted_stretch(blocks([3, 3], [0.95, 0.8], 0.2)) == (0, 2)  # the stronger
+    assert cka.coadapted_stretch(blocks([6, 3, 2, 2], [0.9] * 4, 0.2)) == (6, 8)  # the longest of the deeper half
+    assert cka.coadapted_stretch(blocks([6, 3, 3], [0.9] * 3, 0.2)) == (9, 11)  # a tie: the later
+    assert cka.coadapted_stretch(blocks([6, 3, 3], [0.9, 0.95, 0.8], 0.2)) == (6, 8)  # the stronger
     assert cka.coadapted_stretch(blocks([8, 4, 1], [0.7, 0.95, 1.0], 0.5)) == (8, 11)  # BERT-like: 8..11 of 13
     assert cka.coadapted_stretch([[1, 0.3], [0.3, 1]]) == (0, 1)
-    assert cka.coadapted_stretch(torch.ones(5, 5)) == (0, 4)  # all alike: all of it
-    assert cka.coadapted_stretch(np.eye(4)) == (0, 3)  # nothing alike: a tie, the longest
+    assert cka.coadapted_stretch(torch.ones(5, 5)) == (2, 4)  # all alike: all of the deeper half
+    assert cka.coadapted_stretch(np.eye(4)) == (1, 3)  # nothing alike: a tie, the longest
 
 
 def test_stretch_of_a_resnet_like_map_is_4_5():

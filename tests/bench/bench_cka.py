@@ -140,15 +140,15 @@ def main(argv=None):
     options = [f"--{key}={getattr(args, key.replace('-', '_'))}" for key in ("images", "batch-size", "device")]
     found = {}
     for variant in VARIANTS * args.repeats:
-        run = subprocess.run([sys.executable, __file__, *options, "--variant", variant], stdout=subprocess.PIPE, text=True,
-                             check=True)
+        command = [sys.executable, __file__, *options, "--variant", variant]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         now = json.loads(run.stdout)
         old = found.get(variant, now)
         found[variant] = {"seconds": min(now["seconds"], old["seconds"]), "gib": max(now["gib"], old["gib"]),
                           "map": now["map"]}
     forward, ours, plain = (found[variant] for variant in VARIANTS)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.images} images, batches of {args.batch_size}, 20 layers of ResNet-18, {where}, torch {torch.__version__}")
+    print(f"{args.images} images, batches of {args.batch_size}, 20 layers of ResNet-18, {where}")
     for variant in VARIANTS:
         print(f"{variant:9} {found[variant]['seconds']:7.2f} s   peak +{found[variant]['gib']:.2f} GiB")
     result = {"ratio": plain["seconds"] / ours["seconds"], "gib_over_forward": ours["gib"] - forward["gib"],
