@@ -859,8 +859,6 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
     for l, layer in zip(LAYERS, net.layers.values()):
         layer.requires_grad_(l not in no_gradient)
     trained = [p for p in net.parameters() if p.requires_grad]
-    if not trained:
-        fail(f"--layer {' '.join(a.layer)} with these flags freezes every layer: nothing is left to train")
     if a.optimizer == "lars":
         optimizer = LARS(trained, a.lr, weight_decay=a.weight_decay)
     else:
@@ -940,7 +938,7 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
                 if probe_now and rank == 0:
                     after_epoch(step // steps)
                     set_mode()
-                if save_now and rank == 0:
+                if save_now and rank == 0 and all(p.isfinite().all() for p in net.parameters()):
                     save()
                     saved = time.time()
                 logged = time.time()
@@ -1224,7 +1222,7 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
               "image_size": split.size, "dim": live.dim, "dataset": a.dataset, "classes": classes,
               "flags": config_of(a), "measurements": report}
     with torch.no_grad(), warnings.catch_warnings(), written_whole(out / "encoder.pt") as part:
-        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=Warning)          # "use torch.export"
+        warnings.filterwarnings("ignore", message=".*torch.jit|Encountering a list", category=Warning)
         traced = torch.jit.trace_module(encoder, {"forward": example, "activations": example})
         torch.jit.save(traced, str(part), _extra_files={"config.json": json.dumps(config, default=str)})
         loaded = torch.jit.load(str(part))
@@ -1291,6 +1289,8 @@ def run(a) -> dict:
             fail(f"--init {a.init}: its network has other sizes; give the flags it was trained with (--arch, ...)")
     if a.targets is None:
         a.targets = net.targets = [auto_layer(net, test_split, a, device)]
+    if set(frozen_layers(a)[0]) >= set(range(7)):
+        fail(f"--layer {' '.join(a.layer)} with these flags freezes every layer: nothing is left to train")
 
     if chief and not a.resume:
         if out.exists():                                             # nothing is lost: the older run moves aside
@@ -1316,20 +1316,19 @@ def run(a) -> dict:
     if not chief:
         return {}
 
-    with on_signals(interrupt):
-        print("probing the trained network, then the same network untrained")
-        report.update(probe(net, *data))
-        for name in a.transfer:
-            other_train, other_test, other_classes = load_data(name, a, device)
-            result = probe(net, other_train, other_test, other_classes, a, device)
-            report.update({f"transfer_{name}_{k}": result[k] for k in ("linear", "knn")})
-        trained = {k: v.clone() for k, v in net.state_dict().items()}
-        net.load_state_dict(untrained)
-        report.update({f"{k}_untrained": v for k, v in probe(net, *data).items()})
-        net.load_state_dict(trained)
-        report["broken_pictures"] = len(train_split.broken | test_split.broken)
-        report["export_difference"] = export(a, net, test_split, classes, out, report)
-        draw_figures(a, net, test_split, out, device, report, probes)
+    print("probing the trained network, then the same network untrained")
+    report.update(probe(net, *data))
+    for name in a.transfer:
+        other_train, other_test, other_classes = load_data(name, a, device)
+        result = probe(net, other_train, other_test, other_classes, a, device)
+        report.update({f"transfer_{name}_{k}": result[k] for k in ("linear", "knn")})
+    trained = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(untrained)
+    report.update({f"{k}_untrained": v for k, v in probe(net, *data).items()})
+    net.load_state_dict(trained)
+    report["broken_pictures"] = len(train_split.broken | test_split.broken)
+    report["export_difference"] = export(a, net, test_split, classes, out, report)
+    draw_figures(a, net, test_split, out, device, report, probes)
     report.update({"script": NAME, "run": out.name, "layers_augmented": a.targets, "flags": config_of(a)})
     save_json(out / "report.json", report)
     show(report, out)
@@ -1365,12 +1364,11 @@ def main(argv=None) -> dict:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if a.device != "cpu" and torch.cuda.is_available() else "gloo")
     try:
-        if not a.seeds:
-            return run(a)
-        reports = []
-        for seed in a.seeds:
-            one = argparse.Namespace(**{**vars(a), "seed": seed, "out": f"{a.out}/s{seed}" if a.out else ""})
-            reports.append(run(one))
+        with on_signals(interrupt):
+            reports = [run(argparse.Namespace(**{**vars(a), "seed": seed, "out": f"{a.out}/s{seed}" if a.out else ""}))
+                       for seed in a.seeds or []]
+            if not reports:
+                return run(a)
         numbers = [k for k, v in reports[0].items() if isinstance(v, (int, float))]
         table = {k: mean_std([r[k] for r in reports]) for k in numbers}
         for k in ("linear_untrained", "linear", "knn"):

@@ -44,3 +44,8 @@ def real_data(tmp_path_factory):
     subprocess.run([sys.executable, str(SHARED / "unpack.py"), "--to", str(to), "cifar-100", "cifar-10"], check=True,
                    capture_output=True)
     return to
+
+
+@pytest.fixture(scope="session")
+def real_data_or_none(request):
+    return request.getfixturevalue("real_data") if (SHARED / "unpack.py").exists() else None

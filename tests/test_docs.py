@@ -1,0 +1,225 @@
+"""README and docs tell the truth: every command runs (at small size), every code block runs as it stands."""
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cka
+import simclr_deepaug as S
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
+# What makes a command small: the last flag wins in argparse.
+SMALL = ["--dataset", "folder", "--image-size", "32", "--epochs", "1", "--batch-size", "64", "--workers", "0",
+         "--device", "cpu", "--log-every", "2"]
+DROPPED = {"--transfer", "--download", "--data-dir", "--dataset", "--epochs", "--probe-every"}
+
+
+def commands():
+    """Every `python ...`, `torchrun ...`, `pip ...` line in ```bash blocks and tables, and in the docstrings."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text()
+        lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+        lines += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+        for line in lines:
+            found.setdefault(line.split("#")[0].strip(), page.name)
+    for script in ("simclr_deepaug.py", "cka.py"):
+        for line in re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / script).read_text(), re.M):
+            found.setdefault(line.split("#")[0].strip(), script)
+    return {c: page for c, page in found.items() if c and "…" not in c}
+
+
+def without(words, flags):
+    """words without these flags and their values."""
+    kept, skip = [], False
+    for w in words:
+        skip = w in flags or (skip and not w.startswith("--"))
+        if not skip:
+            kept.append(w)
+    return kept
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, few):
+    """A folder with the runs that documented commands start from, and the pictures for CKA."""
+    here = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        S.main([*SMALL, "--data-dir", str(few), "--layer", "none", "--out", "runs/base"])
+    for name in ("a", "b", "OTHER", "dropout20"):
+        shutil.copytree(here / "runs/base", here / "runs" / name)
+    return here
+
+
+def test_there_are_commands():
+    assert len(commands()) > 30
+
+
+@pytest.mark.parametrize("command", sorted(
+    c for c in commands() if c.startswith("python simclr_deepaug.py") and "--help" not in c))
+def test_simclr_command(command, workplace, few, monkeypatch, capsys):
+    words = shlex.split(command)[2:]
+    S.settings(words)                                                # as written: every flag exists, nothing refused
+    monkeypatch.chdir(workplace)
+    if "--compare" in words:
+        assert S.main(["--compare", *map(str, sorted(workplace.glob("runs/*")))])
+        return
+    words = without(words, DROPPED) + SMALL + ["--arch", "small", "--data-dir", str(few)]
+    if "--seeds" in words:
+        words = without(words, {"--seeds"}) + ["--seeds", "0", "1"]
+    out = [] if "--out" in words or "--resume" in words else ["--out", "runs/this"]
+    assert S.main(words + out)
+    assert "steps in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python cka.py") and "RUN" not in c))
+def test_cka_command(command, workplace, few, real_data_or_none, monkeypatch):
+    words = shlex.split(command)[2:]
+    monkeypatch.chdir(workplace)
+    dataset = words[words.index("--dataset") + 1] if "--dataset" in words else "samples"
+    words = without(words, {"--dataset", "--data-dir"})
+    if dataset == "folder":
+        words += ["--dataset", "folder", "--data-dir", str(few)]
+    elif dataset == "cifar100" and real_data_or_none:
+        words += ["--dataset", "cifar100", "--data-dir", str(real_data_or_none)]
+    assert cka.main([*words, "--images", "16", "--batch-size", "8", "--device", "cpu"])["map"]
+
+
+@pytest.mark.parametrize("command", sorted(c for c in commands() if "tests/bench/" in c))
+def test_bench_command(command):
+    script = ROOT / shlex.split(command)[1]
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for flag in re.findall(r"--[a-z-]+", command):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("torchrun")))
+def test_torchrun_command(command):
+    """The flags are right; tests/test_distributed.py runs two processes for real."""
+    words = shlex.split(command)
+    S.settings(words[words.index("simclr_deepaug.py") + 1:])
+
+
+def test_no_other_kind_of_command():
+    other = [c for c in commands() if not re.match(r"python (simclr_deepaug|cka|tests/bench/\w+)\.py|torchrun ", c)]
+    install = "pip install -r requirements.txt && "
+    assert set(other) <= {install + "python simclr_deepaug.py", install + "pytest",
+                          "python ../shared/data/unpack.py --to data"} | {c for c in other if "tests/gpu/" in c}
+    assert install + "pytest" in (ROOT / ".ci/run").read_text()
+    for c in other:
+        for path in re.findall(r"tests/gpu/\S*\.\w+", c):
+            assert (ROOT / path).exists()
+
+
+# ------------------------------------------------------------------------------------------- code blocks of README
+
+def block(marker):
+    return re.search(rf"<!-- {marker}.*?-->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+
+
+class MessagePassing(nn.Module):
+    """h_i <- ReLU(W h_i + U * mean of the neighbours' h): graphs as [B, nodes, features] and [B, nodes, nodes]."""
+    def __init__(self, width):
+        super().__init__()
+        self.own, self.others = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, h, adjacency):
+        degree = adjacency.sum(-1, keepdim=True).clamp(min=1)
+        return torch.relu(self.own(h) + self.others(adjacency @ h / degree))
+
+
+class GraphNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps, self.out = nn.ModuleList(MessagePassing(8) for _ in range(3)), nn.Linear(8, 4)
+
+    def forward(self, h, adjacency):
+        for step in self.steps:
+            h = step(h, adjacency)
+        return self.out(h.mean(1))
+
+
+def networks():
+    from torchvision.models import VisionTransformer
+    mlp = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    vit = VisionTransformer(image_size=16, patch_size=4, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
+    nn.init.normal_(vit.heads.head.weight)                           # torchvision starts it at zero
+    adjacency = (torch.rand(32, 5, 5) < 0.5).float()
+    return {"mlp": (mlp, mlp[2], mlp[0].weight, (torch.randn(32, 6),)),
+            "vit": (vit, vit.encoder.layers[1], vit.conv_proj.weight, (torch.randn(32, 3, 16, 16),)),
+            "graph": (net := GraphNet(), net.steps[1], net.steps[0].own.weight, (torch.randn(32, 5, 8), adjacency))}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "vit", "graph"])
+def test_own_network_block(kind):
+    """README's ten lines on three kinds of networks: they augment in training, do nothing in eval, and with
+    stop-gradient the augmented rows send no gradient below the layer."""
+    code = block("own-network")
+    assert len([line for line in code.split("def ")[1].splitlines() if line.strip()]) <= 10
+    names = {}
+    exec(code, names)
+    torch.manual_seed(0)
+    net, layer, weight_below, inputs = networks()[kind]
+    clean = net.eval()(*inputs)
+    handle = names["augment_after"](layer)
+    assert torch.equal(net(*inputs), clean)
+    out = net.train()(*inputs)
+    changed = (out - clean).abs().flatten(1).amax(1) > 1e-6
+    assert 4 <= changed.sum() <= 28                                  # about half of the 32 rows
+    below = torch.autograd.grad(out[changed].square().sum(), weight_below, retain_graph=True, allow_unused=True)[0]
+    assert below is None or not below.any()
+    assert torch.autograd.grad(out[~changed].square().sum(), weight_below)[0].any()
+    handle.remove()
+    assert torch.equal(net(*inputs), clean)
+
+
+def test_load_python_block(workplace, monkeypatch):
+    monkeypatch.chdir(workplace / "runs/base")
+    names = {}
+    exec(block("load-python"), names)
+    assert names["features"].shape == (8, names["config"]["dim"]) and "layer4.0.even" in names["layers"]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_load_cpp_block(workplace, tmp_path):
+    """README's program, compiled as README says, prints the same number as Python."""
+    (tmp_path / "load.cpp").write_text(block("load-cpp"))
+    shutil.copy(workplace / "runs/base/encoder.pt", tmp_path)
+    shell = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    done = subprocess.run(["bash", "-c", shell.replace("$(python ", f"$({sys.executable} ")], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    features = torch.jit.load(str(tmp_path / "encoder.pt"))(torch.ones(2, 3, 32, 32))
+    assert done.stdout.startswith(str(list(features.shape)))
+    assert abs(float(done.stdout.split()[-1]) / features.abs().sum().item() - 1) < 1e-4
+
+
+def test_every_flag_is_explained():
+    """docs/simclr_deepaug.md and docs/cka.md name every flag; the first also every logged column and reported key."""
+    for page, parser_help in (("simclr_deepaug", S), ("cka", cka)):
+        text = (ROOT / f"docs/{page}.md").read_text()
+        done = subprocess.run([sys.executable, ROOT / f"{parser_help.__name__}.py", "--help"], capture_output=True,
+                              text=True)
+        for flag in set(re.findall(r"--[a-z][a-z-]+", done.stdout)) - {"--help"}:
+            assert flag in text, f"{page}: {flag}"
+
+
+def test_every_logged_number_is_explained(workplace):
+    text = (ROOT / "docs/simclr_deepaug.md").read_text()
+    report = json.loads((workplace / "runs/base/report.json").read_text())
+    columns = (workplace / "runs/base/metrics.csv").read_text().splitlines()[0].split(",")
+    for key in [*columns, *report]:
+        base = key.removesuffix("_untrained")
+        base = re.sub(r"_(train|test)$", "", base)
+        assert f"`{base}" in text, key
+    for file in (workplace / "runs/dropout20").iterdir():            # a copy that no later command wrote into
+        assert f"`{file.name}`" in text, file.name
