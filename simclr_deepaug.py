@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy", "matplotlib", "tqdm", "safetensors"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy", "matplotlib", "tqdm", "pillow", "safetensors"]
 # ///
 """SimCLR with Deep Augmentation, the whole method in one file.
 
@@ -8,9 +8,10 @@ Paper: Brüel-Gabrielsson, Wang, Baradad, Solomon, "Deep Augmentation", arXiv 23
 
 SimCLR makes two random views of every picture and trains a network f so that the two views' outputs are alike
 and differ from everybody else's. Deep Augmentation makes views *inside* the network too. Number the layers as
-Figure 2 does (-1 input, 0 stem, 1-4 the four stages, 5 average pool, 6 head) and cut f in two at layer l:
+Figure 2 does (-1 input, 0 stem, 1-4 the four stages, 5 average pool, 6 head), cut f after layer l into
+f = f_above . f_below, and put a random transformation A between the parts:
 
-    g^l = f^{l+1,L-1} ( A( f^{-1,l}(x), z ) )                                                       (Eq. 2)
+    g^l(x) = f_above( A( f_below(x) ) )                                                             (Eq. 2)
 
 A is dropout at that one layer, on a random half of the batch (--layer, --rate, --sample). With stop-gradient the
 augmented rows send no gradient below layer l: the layers below learn from clean rows only, the layers above from
@@ -24,30 +25,34 @@ Commands
     python simclr_deepaug.py --layer all --sample 1 --no-stop-grad --rate 0.1    # Fig. 3: dropout everywhere
     python simclr_deepaug.py --layer 3 --freeze before --init runs/OTHER         # Fig. 5
     python simclr_deepaug.py --compare runs/*                            # table and figure of finished runs
-    torchrun --nproc_per_node=4 simclr_deepaug.py --preset paper         # several GPUs
+    torchrun --nproc_per_node=4 simclr_deepaug.py --preset paper         # several GPUs, the same training
 
 What to expect
     The default run takes under two minutes on two CPU cores; its linear probe of 20 drawn classes rises from about
     20 % (untrained network) to about 80 %. On CIFAR-100 and short training plain SimCLR is ahead: docs/results.md.
 
-The learning rate of the paper. Its vision code is SupContrast, whose loss is NT-Xent times T/0.07: at T = 0.5 the
-gradients are 7.142857 times those of the formula. Here the loss *is* the formula, so --preset paper takes
-lr = 0.5 * 7.142857 = 3.571429 and weight decay = 1e-4 / 7.142857 = 1.4e-5, which gives the same weights step by
-step (SGD with momentum: lr * (c * g + wd * w) = lr*c * (g + wd/c * w); tests/test_training.py checks it).
+The learning rate of the paper. Its vision code is SupContrast (github.com/HobbitLong/SupContrast; "main_supcon.py:146"
+below is a line of it), whose loss is NT-Xent times T/0.07: at T = 0.5 its gradients are 7.142857 times those of the
+formula. Here the loss *is* the formula, so --preset paper takes lr = 0.5 * 7.142857 = 3.571429 and weight decay =
+1e-4 / 7.142857 = 1.4e-5, which gives the same weights step by step up to rounding: SGD's step is
+lr * (c * g + wd * w) = lr*c * (g + wd/c * w).
 
 Deviations from the paper and its code
     1. The last, ragged batch of an epoch is dropped (SupContrast keeps it): every NT-Xent has as many negatives.
     2. The learning rate moves every step, not every epoch; same curve.
     3. The four colour operations come in one random order per batch (torchvision: one per picture).
-    4. The linear probe is a logistic regression solved to its optimum on features of unaugmented pictures, the
-       regularisation chosen on a held-out part of the training set; SupContrast trains 100 epochs of SGD on
-       augmented pictures and reports its best *test* epoch.
+    4. The linear probe is a logistic regression on features of unaugmented pictures, by L-BFGS, the regularisation
+       chosen on a held-out part of the training set; SupContrast trains 100 epochs of SGD on augmented pictures and
+       reports its best *test* epoch.
     5. "Dropout across all layers" (Fig. 3) is taken as layers 0-6; the paper does not say whether -1 counts.
     6. Rows are drawn independently with probability --sample (the BERT code's way; "50 %" in the paper).
+    7. On CUDA the forward pass runs in bfloat16 (loss and weights in float32). With several processes BatchNorm is
+       synchronised on CUDA only, and the logged loss and meters are those of the first process.
 """
 import argparse
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -63,6 +68,7 @@ import time
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +76,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 NAME = "simclr_deepaug"
+SOURCE = Path(__file__).read_text(encoding="utf-8")                 # goes into every checkpoint
 LAYERS = {-1: "input", 0: "stem", 1: "layer1", 2: "layer2", 3: "layer3", 4: "layer4", 5: "avgpool", 6: "head"}
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -85,7 +94,7 @@ LAYERS = {-1: "input", 0: "stem", 1: "layer1", 2: "layer2", 3: "layer3", 4: "lay
 
 PAPER = dict(dataset="cifar100", arch="resnet18", batch_size=1024, epochs=1500, warmup_epochs=10,  # App. A.1 and
              lr=0.5 * 0.5 / 0.07, weight_decay=1e-4 * 0.07 / 0.5)      # SupContrast's README; see the docstring
-# Flags that say where or how long a run computes, not what: they are no part of its name and may change on --resume.
+# Flags that say where and how a run computes, not what: they are no part of its name and may change on --resume.
 FREE = {"out", "resume", "device", "data_dir", "download", "workers", "compile", "log_every", "save_every", "seeds",
         "compare", "export", "transfer", "probe_every", "preset"}
 
@@ -94,6 +103,11 @@ def fail(message: str):
     """One clear line on stderr and exit code 2."""
     print(f"{NAME}.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return random.Random(repr(numbers)).getrandbits(63)
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,11 +150,11 @@ def settings(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["default", "paper"], default="default", help=f"paper: {PAPER}")
     g.add_argument("--epochs", type=int, default=12)
-    g.add_argument("--batch-size", type=int, default=256, help="pictures a step and process (two views each)")
+    g.add_argument("--batch-size", type=int, default=256, help="pictures a step, two views each, over all processes")
     g.add_argument("--lr", type=float, default=0.5, help="peak learning rate")
     g.add_argument("--optimizer", choices=["sgd", "lars"], default="sgd")
     g.add_argument("--weight-decay", type=float, default=1e-4)
-    g.add_argument("--warmup-epochs", type=int, default=1, help="linear warm-up from lr/50")
+    g.add_argument("--warmup-epochs", type=int, default=1, help="linear warm-up from lr/50, at most a tenth of the run")
     g = p.add_argument_group("run")
     g.add_argument("--out", default="", help="run folder; empty: runs/NAME-DATASET-WHAT DIFFERS-sSEED")
     g.add_argument("--seed", type=int, default=0, help="fixes weights, order, views and dropout")
@@ -163,20 +177,26 @@ def settings(argv=None) -> argparse.Namespace:
     if a.preset == "paper":
         p.set_defaults(**PAPER)
         a = p.parse_args(argv)
-    defaults = {k: p.get_default(k) for k in vars(a)}
     check_settings(a)
     differs = [f"{k.replace('_', '')}{'_'.join(map(str, v)) if isinstance(v, list) else Path(str(v)).name}"
-               for k, v in vars(a).items()
-               if k in defaults and k not in FREE | {"dataset", "seed"} and v != defaults[k]]
+               for k, v in config_of(a).items() if k not in ("dataset", "seed") and v != p.get_default(k)]
     a.name = "-".join([NAME, a.dataset] + ([a.preset] if a.preset != "default" else []) + differs)
     return a
 
 
+def config_of(a) -> dict:
+    """The flags that decide what is computed. With --dataset folder the folder is one of them."""
+    free = FREE - {"data_dir"} if a.dataset == "folder" else FREE
+    return {k: v for k, v in vars(a).items() if k not in free | {"name", "targets"}}
+
+
 def check_settings(a: argparse.Namespace) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))                   # set by torchrun
     if len(a.layer) == 1 and a.layer[0] in ("none", "all", "auto"):
         a.targets = {"none": [], "all": list(range(7)), "auto": None}[a.layer[0]]
     elif all(re.fullmatch(r"-?\d+", s) and int(s) in LAYERS for s in a.layer):
         a.targets = sorted({int(s) for s in a.layer})
+        a.layer = [str(t) for t in a.targets]
     else:
         fail(f"--layer {' '.join(a.layer)}: no such layer; there are "
              + ", ".join(f"{i} {n}" for i, n in LAYERS.items()) + "; or all, none, auto")
@@ -186,6 +206,7 @@ def check_settings(a: argparse.Namespace) -> None:
         (a.components >= 1, f"--components {a.components}: must be at least 1"),
         (a.pairs == "any" or a.sample == 0.5, "--pairs cross augments one view of each pair: leave --sample at 0.5"),
         (a.freeze == "none" or a.targets != [], "--freeze needs a --layer to freeze before or after"),
+        (a.targets is not None or importlib.util.find_spec("cka"), "--layer auto needs cka.py beside this script"),
         (a.targets is not None or a.init, f"--layer auto reads a trained network: make one with "
                                           f"`python {NAME}.py --layer none --out runs/base`, add --init runs/base"),
         (a.batch_size >= 2 and a.epochs >= 1, "--batch-size must be at least 2 and --epochs at least 1"),
@@ -193,6 +214,10 @@ def check_settings(a: argparse.Namespace) -> None:
         (0 < a.crop_min <= 1, f"--crop-min {a.crop_min}: must be in (0, 1]"),
         (0 <= a.blur <= 1 and 0 <= a.solarize <= 1, "--blur and --solarize are probabilities"),
         (a.log_every >= 1, "--log-every must be at least 1"),
+        (min(a.workers, a.image_size, a.warmup_epochs, a.weight_decay, a.probe_every, a.seed) >= 0,
+         "--workers, --image-size, --warmup-epochs, --weight-decay, --probe-every and --seed must not be negative"),
+        (world == 1 or not (a.seeds or a.download), "under torchrun: no --seeds, and --download beforehand"),
+        (a.batch_size % world == 0, f"--batch-size {a.batch_size} must be a multiple of the {world} processes"),
         (a.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here; use --device cpu"),
     ]:
         if not ok:
@@ -236,7 +261,7 @@ def draw_shapes(n: int, seed: int, device) -> tuple[Tensor, Tensor]:
     x, y = x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos()                   # [n, 32, 32]
     r, angle = (x * x + y * y).sqrt(), torch.atan2(y, x) + math.pi
 
-    def sector(m):                                                   # angle from the middle of the nearest of m sectors
+    def sector(m):                                                   # angle from the middle of its one of m sectors
         return angle % (2 * math.pi / m) - math.pi / m
 
     corners, gaps, dots, bars = kind + 3, kind, kind + 2, kind + 1
@@ -266,7 +291,9 @@ def list_pictures(root: Path) -> list:
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in endings)
     if not files:
         fail(f"--data-dir {root}: no pictures there (looked for {', '.join(endings)})")
-    return [(f, f.relative_to(root).parts[0] if f.parent != root else "") for f in files]
+    pictures = [(f, f.relative_to(root).parts[0] if f.parent != root else "") for f in files]
+    random.Random(0).shuffle(pictures)                               # the first n pictures are then from all classes
+    return pictures
 
 
 class Decode(torch.utils.data.Dataset):
@@ -282,10 +309,28 @@ class Decode(torch.utils.data.Dataset):
                 picture = torchvision.datasets.folder.pil_loader(str(self.files[used]))
                 break
             except Exception:                                        # PIL raises many kinds for damaged files
-                pass
+                continue
+        else:
+            raise RuntimeError("not one picture can be read")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(*self.seeds, asked))
             return self.transform(v2.functional.pil_to_tensor(picture)), used, asked
+
+
+def leave_signals_to_parent(worker: int):
+    """Ctrl-C and SIGTERM reach the workers too; the training process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class TwoCrops:
+    """A picture -> two random resized crops, flipped or not, uint8 [2, 3, S, S]: the part of the views that a worker
+    must make, because pictures of different sizes cannot share a batch before."""
+    def __init__(self, size, crop_min):
+        self.crop = v2.Compose([v2.RandomResizedCrop(size, (crop_min, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+
+    def __call__(self, picture):
+        return torch.stack([self.crop(picture), self.crop(picture)])
 
 
 def decode(split: Split, indices, transform, a, batch_size: int, epoch: int = 0):
@@ -293,7 +338,7 @@ def decode(split: Split, indices, transform, a, batch_size: int, epoch: int = 0)
     batches = torch.as_tensor(indices).split(batch_size)
     loader = torch.utils.data.DataLoader(
         Decode(split.files, transform, (a.seed, epoch)), batch_sampler=[b.tolist() for b in batches],
-        num_workers=a.workers, pin_memory=torch.cuda.is_available())
+        num_workers=a.workers, worker_init_fn=leave_signals_to_parent, pin_memory=torch.cuda.is_available())
     for pictures, used, asked in loader:
         for i in asked[used != asked].tolist():
             if split.files[i] not in split.broken:
@@ -319,9 +364,10 @@ def load_folder(a, device) -> tuple[Split, Split, list]:
     test_root = next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
     if test_root:
         train, test = list_pictures(root / "train"), list_pictures(test_root)
-    else:                                                            # no test folder: every tenth picture is held out
+    else:                                                            # no test folder: a tenth is held out
         pictures = list_pictures(root)
-        train, test = [p for i, p in enumerate(pictures) if i % 10], pictures[::10]
+        held = math.ceil(len(pictures) / 10)
+        train, test = pictures[held:], pictures[:held]
     classes = sorted({name for _, name in train})
     labelled = len(classes) > 1 and "" not in classes and {name for _, name in test} <= set(classes)
     if not labelled:
@@ -398,28 +444,19 @@ def train_batches(split: Split, a, device, step: int, steps: int, rank: int, wor
     Pictures are [B, 3, H, W], or [B, 2, 3, S, S] when workers decoded and cropped them. The order of an epoch is a
     function of (seed, epoch), so a resumed run sees what an uninterrupted one sees. steps: steps of one epoch.
     """
-    crop = v2.Compose([v2.RandomResizedCrop(split.size, (a.crop_min, 1.0), antialias=True), v2.RandomHorizontalFlip()])
-
-    def twice(picture):
-        return torch.stack([crop(picture), crop(picture)])           # [2, 3, S, S]
-
     while True:
         epoch, first = divmod(step, steps)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(a.seed * 100_003 + epoch))
-        order = order[:steps * world * a.batch_size].view(steps, world, a.batch_size)[first:, rank]
+        order = order[:steps * a.batch_size].view(steps, world, a.batch_size // world)[first:, rank]
         if split.images is not None:
             for index in order.to(device):
                 yield split.images[index], None if split.labels is None else split.labels[index]
         else:
-            for x, used, _ in decode(split, order.flatten(), twice, a, a.batch_size, epoch):
+            crops = TwoCrops(split.size, a.crop_min)
+            for x, used, _ in decode(split, order.flatten(), crops, a, order.shape[1], epoch):
                 x, used = x.to(device, non_blocking=True), used.to(device, non_blocking=True)
                 yield x, None if split.labels is None else split.labels[used]
         step += len(order)
-
-
-def mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers."""
-    return random.Random(repr(numbers)).getrandbits(63)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -427,7 +464,10 @@ def mix(*numbers: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------
 
 def crop_boxes(n: int, height: int, width: int, scale, device) -> tuple[Tensor, ...]:
-    """(top, left, h, w), each float [n]: torchvision's RandomResizedCrop.get_params, ten tries drawn at once."""
+    """(top, left, h, w), each float [n]: torchvision's RandomResizedCrop.get_params, ten tries drawn at once.
+
+    If none fits (long narrow pictures only) the first is cut to the picture; torchvision takes a central crop then.
+    """
     area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -509,9 +549,9 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0) 
     if crop_min > 0:
         top, left, h, w = crop_boxes(n, height, width, (crop_min, 1.0), device)
         never = torch.zeros(n, dtype=torch.bool, device=device)
-        rows = resize_matrix(top, h, height, size, never)                                     # [n, size, H]
-        columns = resize_matrix(left, w, width, size, torch.rand(n, device=device) < 0.5)     # [n, size, W]
-        x = rows.unsqueeze(1) @ x @ columns.unsqueeze(1).mT          # crop, resize and flip: two matrix products
+        down = resize_matrix(top, h, height, size, never)                                     # [n, size, H]
+        across = resize_matrix(left, w, width, size, torch.rand(n, device=device) < 0.5)      # [n, size, W]
+        x = down.unsqueeze(1) @ x @ across.unsqueeze(1).mT           # crop, resize and flip: two matrix products
     jitter = chance(0.8)
 
     def factor(strength, neutral):                                   # a factor per picture; neutral = leave it alone
@@ -571,7 +611,7 @@ class Net(nn.Module):
     """
     def __init__(self, a, size: int, mean: Tensor, std: Tensor, classes: int = 0):
         super().__init__()
-        if a.arch == "small":                                        # one block a stage, 16-128 channels, 1/13 the work
+        if a.arch == "small":                                        # one block a stage, 16-128 channels, for laptops
             conv1, bn1, pool = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Identity()
             stages = [nn.Sequential(BasicBlock(16, 16))]
             for c in (16, 32, 64):
@@ -580,8 +620,8 @@ class Net(nn.Module):
             dim = 128
         else:
             r = getattr(torchvision.models, a.arch)(weights=None)
-            conv1, bn1, pool, stages, dim = r.conv1, r.bn1, r.maxpool, [r.layer1, r.layer2, r.layer3, r.layer4], \
-                r.fc.in_features
+            conv1, bn1, pool, dim = r.conv1, r.bn1, r.maxpool, r.fc.in_features
+            stages = [r.layer1, r.layer2, r.layer3, r.layer4]
             if size < 64:                                            # SupContrast resnet_big.py: 3x3 stem, no maxpool
                 conv1, pool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         for m in [conv1] + stages:
@@ -612,8 +652,8 @@ class Net(nn.Module):
 
     def features(self, images):
         """The representation that is kept: layer 5, [B, dim]."""
-        for name, layer in self.layers.items():
-            images = layer(images) if name != "head" else images
+        for layer in list(self.layers.values())[:-1]:
+            images = layer(images)
         return images
 
     def activations(self, images) -> dict:
@@ -639,8 +679,12 @@ class Net(nn.Module):
 def build(a, split: Split, classes: list, device) -> Net:
     """The network of these flags with the weights of this seed."""
     if split.images is not None:
-        x = split.images[:10_000].float().flatten(2) / 255                                    # [n, 3, H*W]
-        mean, std = x.mean((0, 2)), x.transpose(0, 1).flatten(1).std(1)
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        for x in split.images.split(1024):
+            x = x.double() / 255
+            sums += torch.stack([x.mean((2, 3)), x.square().mean((2, 3))]).sum(1)
+        mean, square = (sums / len(split)).float()
+        std = (square - mean ** 2).sqrt()
     else:                                                            # ImageNet's, as torchvision's pretrained networks
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.manual_seed(a.seed)
@@ -677,8 +721,8 @@ def remove_components(h: Tensor, components: int) -> Tensor:
     """h [B, ...] without its projection on the batch's `components` leading principal directions; the mean stays.
 
     The authors' PCA variant (their transformers fork, modeling_bert.py:531): the whole batch, flattened to [B, D]
-    and centred, gets a randomised PCA of 6 components, fitted without gradient in float32. Cost: about 2(1 + 2)
-    passes of a [B, D] @ [D, 6] product and small factorisations (on CUDA those wait for the host).
+    and centred, gets a randomised PCA of 6 components, fitted without gradient in float32. Cost: six products of
+    [B, D] with [D, 6] (two power iterations) and small factorisations, for which CUDA makes the host wait.
     """
     with torch.autocast(h.device.type, enabled=False):
         flat = h.float().flatten(1)                                                           # [B, D]
@@ -762,14 +806,17 @@ class LARS(torch.optim.Optimizer):
                     w_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * w_norm / g_norm           # kept on the device: no host sync
                     g = g * torch.where((w_norm > 0) & (g_norm > 0), trust, 1.0)
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(g)
                 p.sub_(buffer, alpha=group["lr"])
 
 
 def learning_rate(step: int, a, steps: int) -> float:
     """Warm-up from lr/50 onto a cosine that ends at lr * .1^3 (SupContrast util.py). steps: steps of one epoch."""
-    warm, total = a.warmup_epochs * steps, a.epochs * steps
+    total = a.epochs * steps
+    warm = min(a.warmup_epochs * steps, total // 10)
     floor = a.lr * 0.1 ** 3
 
     def cosine(t):
@@ -780,14 +827,24 @@ def learning_rate(step: int, a, steps: int) -> float:
     return cosine(step)
 
 
+def alignment(z1: Tensor, z2: Tensor) -> Tensor:
+    """Mean squared distance of pairs, 0..4; z1 and z2 normalised [n, d] (Wang & Isola 2020, alpha = 2)."""
+    return (z1 - z2).square().sum(1).mean()
+
+
+def uniformity(z: Tensor) -> Tensor:
+    """log of the mean of exp(-2 |zi - zj|^2) over pairs i < j, z normalised [n, d] (Wang & Isola 2020, t = 2): 0 if
+    all are one point, about -4 if many points spread evenly over the sphere."""
+    return torch.pdist(z).square().mul(-2).exp().mean().log()
+
+
 @torch.no_grad()
 def meters(z1: Tensor, z2: Tensor) -> dict:
     """Is it collapsing? From the two views' embeddings [B, d]:
 
     embedding_std   std over the batch of the normalised embedding times sqrt(d): 1 spread evenly, 0 collapsed
-    effective_rank  exp of the entropy of the singular values (Roy & Vetterli 2007): 1 .. d
-    alignment       mean |z1 - z2|^2 over pairs, 0..4; uniformity: log mean exp(-2 |zi - zj|^2) over different
-                    pictures, -4..0 (Wang & Isola 2020); for both lower is better
+    effective_rank  exp of the entropy of the singular values (Roy & Vetterli 2007): 1 .. min(B - 1, d)
+    alignment, uniformity   as above, of this batch; for both lower is better
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
     s = torch.linalg.svdvals(z1 - z1.mean(0))
@@ -795,16 +852,6 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
     return {"embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
             "effective_rank": torch.exp(-torch.xlogy(s, s).sum()).item(),
             "alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item()}
-
-
-def alignment(z1: Tensor, z2: Tensor) -> Tensor:
-    """Mean squared distance of positive pairs, z1 and z2 normalised [n, d] (Wang & Isola 2020, alpha = 2)."""
-    return (z1 - z2).square().sum(1).mean()
-
-
-def uniformity(z: Tensor) -> Tensor:
-    """log of the mean Gaussian potential exp(-2 |zi - zj|^2) over pairs i < j, z normalised [n, d] (t = 2)."""
-    return torch.pdist(z).square().mul(-2).exp().mean().log()
 
 
 @contextmanager
@@ -831,123 +878,6 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     if script != NAME:
         fail(f"{path} was written by {script}.py, not by this script")
     return state
-
-
-def config_of(a) -> dict:
-    return {k: v for k, v in vars(a).items() if k not in FREE and k not in ("name", "targets")}
-
-
-def checkpoint_to_resume(a, out: Path, device) -> dict | None:
-    """The run folder's checkpoint if it is this script's and was made with the same flags."""
-    if not (out / "checkpoint.pt").exists():
-        print(f"--resume: no checkpoint in {out} yet, so this run starts at the beginning")
-        return None
-    state = load_checkpoint(out / "checkpoint.pt", device)
-    was = state["config"]
-    changed = [f"--{k.replace('_', '-')} is {v}, was {was.get(k)}" for k, v in config_of(a).items() if v != was.get(k)]
-    if changed:
-        fail(f"--resume with other flags than the checkpoint's: {'; '.join(changed)}")
-    return state
-
-
-def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch, state: dict | None) -> dict:
-    """Train to the last epoch, from the start or from `state`. Every step reseeds from (seed, step, process): so no
-    random state needs saving, a resumed run meets the same views and rows, and probes in between change nothing.
-    steps: of one epoch; after_epoch(epoch): called every --probe-every epochs. Returns what was measured."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    no_gradient, no_statistics = frozen_layers(a)
-    for l, layer in zip(LAYERS, net.layers.values()):
-        layer.requires_grad_(l not in no_gradient)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    if a.optimizer == "lars":
-        optimizer = LARS(trained, a.lr, weight_decay=a.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(trained, a.lr, momentum=0.9, weight_decay=a.weight_decay, fused=True)
-
-    step, rows, spent = 0, [], 0.0
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, rows, spent = state["step"], state["metrics"], state["seconds"]
-
-    model = net
-    if world > 1:
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = nn.parallel.DistributedDataParallel(model)
-    if a.compile:
-        model = torch.compile(model)
-
-    def save():
-        with written_whole(out / "metrics.csv") as part, open(part, "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        with written_whole(out / "checkpoint.pt") as part:
-            torch.save({"script": NAME, "config": config_of(a), "model": net.state_dict(), "step": step,
-                        "optimizer": optimizer.state_dict(), "metrics": rows, "source": SOURCE,
-                        "seconds": spent + time.time() - begun}, part)
-
-    def set_mode():
-        net.train()
-        for l, layer in zip(LAYERS, net.layers.values()):
-            if l in no_statistics:
-                layer.eval()
-
-    total, pairs = a.epochs * steps, a.batch_size * world
-    losses, stop = [], []                                            # losses stay on the device until they are logged
-    begun = saved = logged = time.time()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    batches = train_batches(split, a, device, step, steps, rank, world)
-    set_mode()
-    with on_signals(stop.append):                                    # Ctrl-C and SIGTERM wait for the end of a step
-        while step < total and not stop:
-            torch.manual_seed(mix(a.seed, step, rank))
-            lr = learning_rate(step, a, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images, labels = next(batches)
-            views = two_views(images, split, a)                                               # [2B, 3, S, S]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                z = model(views, draw_rows(len(images), a, device))                           # [2B, 128]
-            if a.objective == "simclr":
-                loss = nt_xent(*z.chunk(2), a.temperature)
-            else:
-                loss = F.cross_entropy(z.float(), labels.repeat(2))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            step += 1
-            bar.update()
-
-            epoch_ends = step % steps == 0
-            probe_now = a.probe_every and epoch_ends and step // steps % a.probe_every == 0
-            save_now = stop or step == total or probe_now or time.time() - saved > a.save_every
-            if step % a.log_every == 0 or save_now:
-                values = torch.stack(losses).tolist()                # the one wait for the device
-                for i, value in enumerate(values):
-                    if not math.isfinite(value):
-                        fail(f"the loss is {value} at step {step - len(values) + i + 1}; the last checkpoint before it "
-                             f"is kept in {out}. A smaller --lr usually helps")
-                rows.append({"step": step, "epoch": step / steps, "loss": sum(values) / len(values), "lr": lr,
-                             "images_per_second": pairs * len(values) / (time.time() - logged),
-                             **meters(*z.detach().chunk(2))})
-                bar.set_postfix_str(f"loss {rows[-1]['loss']:.3f}, {rows[-1]['images_per_second']:.0f} images/s")
-                losses = []
-                if probe_now and rank == 0:
-                    after_epoch(step // steps)
-                    set_mode()
-                if save_now and rank == 0 and all(p.isfinite().all() for p in net.parameters()):
-                    save()
-                    saved = time.time()
-                logged = time.time()
-    bar.close()
-    if stop:
-        raise Interrupted(stop[0])
-    rates = sorted(r["images_per_second"] for r in rows)
-    return {"seconds": spent + time.time() - begun, "images_per_second": rates[len(rates) // 2], "steps": step,
-            "epochs": a.epochs, "loss": rows[-1]["loss"], "lowest_embedding_std": min(r["embedding_std"] for r in rows)}
 
 
 class Interrupted(BaseException):
@@ -979,6 +909,131 @@ def on_signals(handler):
             signal.signal(n, old)
 
 
+def stops(stop: list, ask: bool, device) -> bool:
+    """Has a signal arrived? Several processes must leave at the same step: they agree on it, only when `ask`ed."""
+    if not dist.is_initialized():
+        return bool(stop)
+    if not ask:
+        return False
+    flag = torch.tensor(len(stop), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def checkpoint_to_resume(a, out: Path, device) -> dict | None:
+    """The run folder's checkpoint if it is this script's and was made with the same flags."""
+    if not (out / "checkpoint.pt").exists():
+        print(f"--resume: no checkpoint in {out} yet, so this run starts at the beginning")
+        return None
+    state = load_checkpoint(out / "checkpoint.pt", device)
+    was = state["config"]
+    changed = [f"--{k.replace('_', '-')} is {v}, was {was.get(k)}" for k, v in config_of(a).items() if v != was.get(k)]
+    if changed:
+        fail(f"--resume with other flags than the checkpoint's: {'; '.join(changed)}")
+    return state
+
+
+def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch, state: dict | None) -> dict:
+    """Train to the last epoch, from the start or from `state`. Every step reseeds from (seed, step, process): so no
+    random state needs saving, a resumed run meets the same views and rows, and probes in between change nothing.
+    steps: of one epoch; after_epoch(epoch): called every --probe-every epochs. Returns what was measured."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    no_gradient, no_statistics = frozen_layers(a)
+    for l, layer in zip(LAYERS, net.layers.values()):
+        layer.requires_grad_(l not in no_gradient)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    if a.optimizer == "lars":
+        optimizer = LARS(trained, a.lr, weight_decay=a.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(trained, a.lr, momentum=0.9, weight_decay=a.weight_decay, fused=True)
+
+    step, log, spent = 0, [], 0.0                                    # log: the rows of metrics.csv
+    if state:
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, log, spent = state["step"], state["metrics"], state["seconds"]
+
+    model = net
+    if world > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.parallel.DistributedDataParallel(model)
+    if a.compile:
+        model = torch.compile(model)
+
+    def save():
+        with written_whole(out / "metrics.csv") as part, open(part, "w", newline="") as f:
+            writer = csv.DictWriter(f, log[0])
+            writer.writeheader()
+            writer.writerows(log)
+        with written_whole(out / "checkpoint.pt") as part:
+            torch.save({"script": NAME, "config": config_of(a), "model": net.state_dict(), "step": step,
+                        "optimizer": optimizer.state_dict(), "metrics": log, "source": SOURCE,
+                        "seconds": spent + time.time() - begun}, part)
+
+    def set_mode():
+        net.train()
+        for l, layer in zip(LAYERS, net.layers.values()):
+            if l in no_statistics:
+                layer.eval()
+
+    total, last = a.epochs * steps, False
+    losses, stop = [], []                                            # losses stay on the device until they are logged
+    begun = saved = logged = time.time()
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    batches = train_batches(split, a, device, step, steps, rank, world)
+    set_mode()
+    with on_signals(stop.append):                                    # Ctrl-C and SIGTERM wait for the end of a step
+        while step < total and not last:
+            torch.manual_seed(mix(a.seed, step, rank))
+            lr = learning_rate(step, a, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, labels = next(batches)
+            views = two_views(images, split, a)                                               # [2B, 3, S, S]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                z = model(views, draw_rows(len(images), a, device))                           # [2B, 128]
+            if a.objective == "simclr":
+                loss = nt_xent(*z.chunk(2), a.temperature)
+            else:
+                loss = F.cross_entropy(z.float(), labels.repeat(2))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            step += 1
+            bar.update()
+
+            probe_now = a.probe_every and step % (steps * a.probe_every) == 0
+            last = step == total or stops(stop, step % a.log_every == 0, device)
+            save_now = last or probe_now or time.time() - saved > a.save_every
+            if step % a.log_every == 0 or save_now:
+                values = torch.stack(losses).tolist()                # the one wait for the device
+                for i, value in enumerate(values):
+                    if not math.isfinite(value):
+                        fail(f"the loss is {value} at step {step - len(values) + i + 1}; any checkpoint before it is "
+                             f"kept in {out}. A smaller --lr usually helps")
+                log.append({"step": step, "epoch": step / steps, "loss": statistics.mean(values), "lr": lr,
+                            "images_per_second": a.batch_size * len(values) / (time.time() - logged),
+                            **meters(*z.detach().chunk(2))})
+                bar.set_postfix_str(f"loss {log[-1]['loss']:.3f}, {log[-1]['images_per_second']:.0f} images/s")
+                losses = []
+                if probe_now and rank == 0:
+                    after_epoch(step // steps)
+                    set_mode()
+                if save_now:
+                    if rank == 0 and all(p.isfinite().all() for p in net.parameters()):
+                        save()
+                    saved = time.time()
+                logged = time.time()
+    bar.close()
+    if stop or step < total:
+        raise Interrupted(stop[0] if stop else signal.SIGTERM)
+    return {"seconds": spent + time.time() - begun, "steps": step, "epochs": a.epochs, "loss": log[-1]["loss"],
+            "images_per_second": statistics.median(r["images_per_second"] for r in log),
+            "lowest_embedding_std": min(r["embedding_std"] for r in log)}
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # 8 Evaluation
 # ----------------------------------------------------------------------------------------------------------------
@@ -1003,8 +1058,7 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, decay: float, start=None, i
         value.backward()
         return value
 
-    with torch.enable_grad():
-        solver.step(objective)
+    solver.step(objective)
     return w.detach()
 
 
@@ -1017,7 +1071,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: 
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:10_000].to(x.device)
-    held, rest = some[:len(some) // 10], some[len(some) // 10:]
+    held, rest = some[:max(1, len(some) // 10)], some[max(1, len(some) // 10):]
     w, best = None, (-1.0, 0.0)
     for decay in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):                     # strong to weak, each starts from the last
         w = fit_logistic(x[rest], y[rest], classes, decay, w, 60)
@@ -1071,7 +1125,7 @@ def layer_map(net: Net, split: Split, a, device) -> Tensor:
     net.eval()
     with torch.no_grad():
         acts = ([net.activations(x)[n] for n in net.numbered()] for x, _ in eval_batches(split, a, device, 2048, 256))
-        return cka_map((h, h) for h in acts)
+        return cka_map((h, h) for h in acts)                         # the network beside itself
 
 
 def auto_layer(net: Net, split: Split, a, device) -> int:
@@ -1088,106 +1142,99 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
 def draw_figures(a, net: Net, split: Split, out: Path, device, report: dict, probes: dict) -> None:
     """views.png: pictures and what the network is shown of them; curves.png: the run; cka.png: the map of layers."""
-    plt = pyplot()
     torch.manual_seed(0)
-    images = next(iter(eval_batches(split, a, device, 12)))[0]
+    images = next(eval_batches(split, a, device, 12))[0]
     views = two_views((images * 255).round().to(torch.uint8), split, a)
     grid = torchvision.utils.make_grid(torch.cat([images, views]).cpu(), nrow=len(images), padding=2)
-    figure, axis = plt.subplots(figsize=(11, 3.2))
+    figure = Figure((11, 3.2))
+    axis = figure.subplots()
     axis.imshow(grid.permute(1, 2, 0).numpy())
     axis.set(title="pictures, and two views of each", xticks=[], yticks=[])
     save_figure(figure, out / "views.png")
 
     with open(out / "metrics.csv") as f:
-        rows = [{k: float(v) for k, v in r.items()} for r in csv.DictReader(f)]
-    panels = ["loss", "alignment", "uniformity", "effective_rank", "embedding_std"]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6))
-    for axis, key in zip(axes.flat, panels):
-        axis.plot([r["epoch"] for r in rows], [r[key] for r in rows])
+        log = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    figure = Figure((12, 6))
+    *axes, last = figure.subplots(2, 3).flat
+    for axis, key in zip(axes, ["loss", "alignment", "uniformity", "effective_rank", "embedding_std"]):
+        axis.plot([row["epoch"] for row in log], [row[key] for row in log])
         axis.set(title=key.replace("_", " "), xlabel="epoch")
-    axis = axes.flat[5]
-    if probes:
-        axis.plot([int(epoch) for epoch in probes], [r["linear"] for r in probes.values()], "o-")
-        axis.set(title="linear probe, test %", xlabel="epoch")
+    if probes and "linear" in report:
+        last.plot([int(epoch) for epoch in probes], [r["linear"] for r in probes.values()], "o-")
+        last.set(title="linear probe, test %", xlabel="epoch")
     else:
         keys = [k for k in ("linear_untrained", "linear", "knn_untrained", "knn") if k in report]
-        axis.bar([k.replace("_", "\n") for k in keys], [report[k] for k in keys],
+        last.bar([k.replace("_", "\n") for k in keys], [report[k] for k in keys],
                  color=["tab:blue" if "un" in k else "tab:orange" for k in keys])
-        axis.set(title="probes of the frozen features, test %")
+        last.set(title="probes of the frozen features, test %")
     figure.suptitle(out.name)
     save_figure(figure, out / "curves.png")
-    plt.close("all")
 
-    try:
-        from cka import coadapted_stretch, draw_map
-    except ImportError:
+    if not importlib.util.find_spec("cka"):
         print("cka.py is not beside this script: no map of the layers")
         return
+    from cka import coadapted_stretch, draw_map
     layers = layer_map(net, split, a, device)
     draw_map(layers, out / "cka.png", [f"{i} {LAYERS[i]}" for i in range(7)], stretch=coadapted_stretch(layers),
              targets=[t for t in a.targets if t >= 0], title=out.name)
 
 
+def mean_std(values: list) -> tuple[float, float | None]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def pm(value: tuple[float, float | None]) -> str:
+    return f"{value[0]:.2f}" + ("" if value[1] is None else f" ± {value[1]:.2f}")
+
+
 def compare(runs: list) -> dict:
     """One table of finished runs, seeds pooled, and compare.png: accuracy by layer as in Figure 4."""
-    groups = {}
-    for run in runs:
-        path = Path(run) / "report.json"
-        if not path.exists():
-            print(f"{run}: no report.json, left out (not finished, or no run)")
+    groups = {}                                                      # {flags but the seed: {seed: report}}
+    for folder in runs:
+        path = Path(folder) / "report.json"
+        r = json.loads(path.read_text()) if path.exists() else {}
+        if r.get("script") != NAME or "linear" not in r:
+            print(f"{folder}: left out, no finished and probed run of this script")
             continue
-        r = json.loads(path.read_text())
-        if r.get("linear") is not None and r.get("script") == NAME:
-            key = tuple(sorted((k, str(v)) for k, v in r["flags"].items() if k != "seed"))
-            groups.setdefault(key, []).append(r)
+        r["run"] = re.sub(r"[-/]s\d+$", "", str(folder))
+        key = tuple(sorted((k, str(v)) for k, v in r["flags"].items() if k != "seed"))
+        if groups.setdefault(key, {}).setdefault(r["flags"]["seed"], r) is not r:
+            print(f"{folder}: left out, this seed of the same flags is counted already")
     if not groups:
         fail("--compare: none of these folders holds a finished, probed run of this script")
-    print(f"{'run':44} {'layer':>6} {'stop':>5} {'rate':>5} {'epochs':>6} {'seeds':>5} {'linear %':>14} {'kNN %':>14}"
-          f" {'untrained %':>11}")
-    table, lines = {}, {}                                            # lines: [(layer, mean, std)] of each kind of run
-    for rs in groups.values():
-        f, name, targets = rs[0]["flags"], re.sub(r"-s\d+$", "", rs[0]["run"]), rs[0]["layers_augmented"]
+    values = {k: {v for key in groups for kk, v in key if kk == k} for k, _ in next(iter(groups))}
+    varying = [k for k, v in values.items() if len(v) > 1 and k not in ("layer", "stop_grad")]
+    print(f"{'layer':>6} {'stop':>5} {'rate':>5} {'epochs':>6} {'seeds':>5} {'linear %':>14} {'kNN %':>14} {'untrained %':>12}"
+          "  run")
+    table, lines = {}, {}                                            # lines: {label: [(layer, mean, std)]}
+    for by_seed in groups.values():
+        rs = list(by_seed.values())
+        f, name, targets = rs[0]["flags"], rs[0]["run"], rs[0]["layers_augmented"]
         linear, knn = mean_std([r["linear"] for r in rs]), mean_std([r["knn"] for r in rs])
         untrained = statistics.mean(r["linear_untrained"] for r in rs)
         table[name] = {"linear": linear, "knn": knn, "linear_untrained": untrained, "seeds": len(rs)}
-        print(f"{name.removeprefix(NAME + '-')[:44]:44} {','.join(map(str, targets)) or 'none':>6} "
-              f"{'yes' if f['stop_grad'] else 'no':>5} {f['rate']:5} {f['epochs']:6} {len(rs):5} {pm(linear):>14} "
-              f"{pm(knn):>14} {untrained:11.2f}")
+        print(f"{','.join(map(str, targets)) or 'none':>6} {'yes' if f['stop_grad'] else 'no':>5} {f['rate']:5} "
+              f"{f['epochs']:6} {len(rs):5} {pm(linear):>14} {pm(knn):>14} {untrained:12.2f}  {name}")
         if len(targets) < 2:
-            kind = f"{'with' if f['stop_grad'] else 'without'} stop-gradient" if targets else "no Deep Augmentation"
-            lines.setdefault(kind, []).append(((targets or [0])[0], *linear))
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for kind, points in sorted(lines.items()):
+            label = f"{'with' if f['stop_grad'] else 'without'} stop-gradient" if targets else "no Deep Augmentation"
+            label = ", ".join([label, *(f"{k} {f[k]}" for k in varying)])
+            lines.setdefault(label, []).append(((targets or [None])[0], *linear))
+    figure = Figure((7, 4.5))
+    axis = figure.subplots()
+    for i, (label, points) in enumerate(sorted(lines.items())):
         layer, mean, std = zip(*sorted(points))
-        if kind == "no Deep Augmentation":
-            axis.axhline(max(mean), color="grey", linestyle="--", label=kind)
+        if layer[0] is None:                                         # the baseline: a line across
+            axis.axhline(mean[0], color=f"C{i}", linestyle="--", label=label)
         else:
-            axis.errorbar(layer, mean, std, fmt="o-", capsize=3, label=kind)
+            axis.errorbar(layer, mean, [s or 0 for s in std], color=f"C{i}", fmt="o-", capsize=3, label=label)
     axis.set(xlabel="layer of Deep Augmentation", ylabel="linear probe, test accuracy %", xticks=list(LAYERS))
     axis.legend()
     path = Path(runs[0]).parent / "compare.png"
     save_figure(figure, path)
-    plt.close("all")
     print(f"drawn: {path}")
     return table
-
-
-def mean_std(values: list) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def pm(value: tuple[float, float]) -> str:
-    return f"{value[0]:.2f} ± {value[1]:.2f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1213,7 +1260,6 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
     Returns the largest difference between the file's encoder and the live one, relative to the largest activation,
     over forward and activations at batches 1, 7 and 64. Above 1e-4 it is an error.
     """
-    from safetensors.torch import save_file
     live = Net(a, split.size, torch.zeros(3), torch.ones(3), len(classes) if a.objective == "supervised" else 0)
     live.load_state_dict(net.state_dict())                           # a copy on the CPU: traces bake the device in
     live.eval()
@@ -1231,8 +1277,8 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
             x = torch.rand(batch, 3, split.size, split.size)
             for ours, theirs in zip([encoder(x), *encoder.activations(x)], [loaded(x), *loaded.activations(x)]):
                 worst = max(worst, ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-6)).item())
-    if not worst <= 1e-4:
-        raise RuntimeError(f"the exported encoder differs from the live one by {worst:.2g}")
+        if not worst <= 1e-4:
+            raise RuntimeError(f"the exported encoder differs from the live one by {worst:.2g}")
     if a.export == "pt2":
         with written_whole(out / "encoder.pt2") as part:
             batch = torch.export.Dim("batch", min=1)
@@ -1256,9 +1302,6 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
 # main
 # ----------------------------------------------------------------------------------------------------------------
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")
-
-
 def run(a) -> dict:
     """One seed from data to report. Returns the report (report.json)."""
     if a.device == "auto":
@@ -1274,11 +1317,12 @@ def run(a) -> dict:
     state = checkpoint_to_resume(a, out, device) if a.resume else None
 
     train_split, test_split, classes = load_data(a.dataset, a, device)
-    if a.batch_size * world > len(train_split):
-        fail(f"--batch-size {a.batch_size} x {world} process(es) is more than the {len(train_split)} training pictures")
+    if a.batch_size > len(train_split):
+        fail(f"--batch-size {a.batch_size} is more than the {len(train_split)} training pictures")
     if a.objective == "supervised" and train_split.labels is None:
         fail("--objective supervised needs labels: class folders")
-    steps = len(train_split) // (a.batch_size * world)               # of one epoch; the ragged rest is dropped
+    others = {name: load_data(name, a, device) for name in a.transfer}
+    steps = len(train_split) // a.batch_size                         # of one epoch; the ragged rest is dropped
     net = build(a, train_split, classes, device)
     untrained = {k: v.cpu().clone() for k, v in net.state_dict().items()}
     if a.init:
@@ -1288,7 +1332,7 @@ def run(a) -> dict:
         except RuntimeError:
             fail(f"--init {a.init}: its network has other sizes; give the flags it was trained with (--arch, ...)")
     if a.targets is None:
-        a.targets = net.targets = [auto_layer(net, test_split, a, device)]
+        a.targets = net.targets = [auto_layer(net, train_split, a, device)]
     if set(frozen_layers(a)[0]) >= set(range(7)):
         fail(f"--layer {' '.join(a.layer)} with these flags freezes every layer: nothing is left to train")
 
@@ -1318,18 +1362,19 @@ def run(a) -> dict:
 
     print("probing the trained network, then the same network untrained")
     report.update(probe(net, *data))
-    for name in a.transfer:
-        other_train, other_test, other_classes = load_data(name, a, device)
+    for name, (other_train, other_test, other_classes) in others.items():
+        other_train.size = other_test.size = train_split.size
         result = probe(net, other_train, other_test, other_classes, a, device)
         report.update({f"transfer_{name}_{k}": result[k] for k in ("linear", "knn")})
     trained = {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(untrained)
     report.update({f"{k}_untrained": v for k, v in probe(net, *data).items()})
     net.load_state_dict(trained)
-    report["broken_pictures"] = len(train_split.broken | test_split.broken)
+    report.update({"broken_pictures": len(train_split.broken | test_split.broken), "script": NAME, "run": out.name,
+                   "layers_augmented": a.targets, "flags": config_of(a)})
+    save_json(out / "report.json", report)                           # now: whatever export and figures may meet
     report["export_difference"] = export(a, net, test_split, classes, out, report)
     draw_figures(a, net, test_split, out, device, report, probes)
-    report.update({"script": NAME, "run": out.name, "layers_augmented": a.targets, "flags": config_of(a)})
     save_json(out / "report.json", report)
     show(report, out)
     return report
@@ -1362,7 +1407,8 @@ def main(argv=None) -> dict:
     if "RANK" in os.environ and not dist.is_initialized():           # started by torchrun
         if a.device != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if a.device != "cpu" and torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if a.device != "cpu" and torch.cuda.is_available() else "gloo",
+                                timeout=timedelta(hours=2))          # the others wait while the first one probes
     try:
         with on_signals(interrupt):
             reports = [run(argparse.Namespace(**{**vars(a), "seed": seed, "out": f"{a.out}/s{seed}" if a.out else ""}))
@@ -1376,8 +1422,10 @@ def main(argv=None) -> dict:
                 print(f"{k:18} {pm(table[k])}  over seeds {a.seeds}")
         return table
     except Interrupted as stopped:
-        go_on = [w for w in words if w != "--resume"] + ["--resume"]
-        print(f"\nstopped; nothing is lost. To go on:\npython {NAME}.py {shlex.join(go_on)}")
+        go_on = shlex.join([w for w in words if w != "--resume"] + ["--resume"])
+        python = f"torchrun --nproc_per_node={dist.get_world_size()}" if dist.is_initialized() else "python"
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"\nstopped; nothing is lost. To go on:\n{python} {NAME}.py {go_on}")
         raise SystemExit(128 + stopped.args[0]) from None
     finally:
         if dist.is_initialized():

@@ -49,8 +49,8 @@ def refused(capsys, words) -> str:
     ("--transform mixup", ["--transform", "channel"]),
     ("--pairs cross --sample 1", ["--pairs", "--sample"]),
     ("--freeze before --layer none", ["--freeze", "--layer"]),
-    ("--freeze before --layer 6", ["--freeze", "nothing"]),
-    ("--freeze after --layer -1", ["--freeze", "nothing"]),
+    ("--freeze before --layer 6", ["--layer 6", "nothing"]),
+    ("--freeze after --layer -1", ["--layer -1", "nothing"]),
     ("--layer 6 --sample 1", ["nothing"]),
     ("--layer auto", ["--layer auto", "--init", "--layer none"]),
     ("--batch-size 1", ["--batch-size"]),
@@ -141,7 +141,8 @@ def checkpoint(path, **changes):
     a = S.settings(FOLDER)
     train, _, classes = S.load_data("folder", a, "cpu")
     net = S.build(a, train, classes, "cpu")
-    torch.save({"script": S.NAME, "config": S.config_of(a), "model": net.state_dict(), **changes}, path)
+    torch.save({"script": S.NAME, "config": S.config_of(a), "model": net.state_dict(), "step": 0,
+                "optimizer": {}, "metrics": [], "seconds": 0.0, **changes}, path)
 
 
 def test_init_missing_corrupt_foreign_or_of_other_sizes(capsys, tmp_path):

@@ -177,11 +177,11 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width):
     n, picture = 4000, torch.zeros(3, height, width)
     theirs = torch.tensor([RandomResizedCrop.get_params(picture, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)])
     ours = torch.stack(S.crop_boxes(4 * n, height, width, (0.2, 1.0), "cpu"), 1)
-    for (top, left, h, w) in (ours.T,):
-        assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
-        assert (top + h <= height).all() and (left + w <= width).all()
-        assert torch.equal(ours, ours.round())
-    for name, f in {"area": lambda b: b[:, 2] * b[:, 3] / (height * width), "log ratio": lambda b: (b[:, 3] / b[:, 2]).log(),
+    top, left, h, w = ours.T
+    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + h <= height).all() and (left + w <= width).all() and torch.equal(ours, ours.round())
+    for name, f in {"area": lambda b: b[:, 2] * b[:, 3] / (height * width),
+                    "log ratio": lambda b: (b[:, 3] / b[:, 2]).log(),
                     "vertical centre": lambda b: (b[:, 0] + b[:, 2] / 2) / height,
                     "horizontal centre": lambda b: (b[:, 1] + b[:, 3] / 2) / width}.items():
         a, b = f(ours.double()), f(theirs.double())
@@ -207,10 +207,10 @@ def test_jitter_and_gray_are_applied_as_often_and_as_strongly_as_torchvisions():
     chroma = colour.amax(1) - colour.amin(1)
     grey = chroma < 1e-5
     difference = (views[:, 0, 2, 0] - views[:, 0, 0, 0]) / (before[0, 2, 0] - before[0, 0, 0])   # brightness * contrast
-    jittered = (difference - 1).abs() > 1e-3
+    unjittered = torch.where(grey.view(n, 1, 1, 1), S.gray(before[None]), before)
+    jittered = (views - unjittered).abs().amax((1, 2, 3)) > 1e-3
     assert abs(jittered.float().mean() - 0.8) < 0.012 and abs(grey.float().mean() - 0.2) < 0.012
     assert abs((jittered & grey).float().mean() - 0.16) < 0.012
-    assert torch.allclose(views[~jittered & ~grey], before, atol=2e-3)                           # left alone otherwise
     assert len(difference[jittered].unique()) > 0.9 * jittered.sum()                             # own factors
 
     drawn = jittered & ~grey
@@ -223,7 +223,7 @@ def test_jitter_and_gray_are_applied_as_often_and_as_strongly_as_torchvisions():
     turn = (angle - torch.atan2(3 ** 0.5 * (g - b), 2 * r - g - b) / (2 * torch.pi) + 0.5) % 1 - 0.5
     assert turn.abs().max() < 0.115 and turn.max() > 0.08 and turn.min() < -0.08 and abs(turn.mean()) < 0.005
     for product in (difference[drawn], saturation):                # factors are independent of one another
-        assert abs(torch.corrcoef(torch.stack([product, turn.float()]))[0, 1]) < 0.03
+        assert abs(torch.corrcoef(torch.stack([product, turn.float()]))[0, 1]) < 0.05
 
 
 def test_brightness_and_contrast_factors_are_uniform():
@@ -272,29 +272,24 @@ def test_order_of_jitter_varies_between_batches(monkeypatch):
 
 
 def test_what_one_order_per_batch_changes():
-    """Over batches nothing: the mixture of orders is torchvision's. Within one batch the pictures share an order: its
-    mean and spread of pixel values are then within 1/255 and 3/255 of the mixture's."""
-    torch.manual_seed(0)
+    """Over batches nothing: the mixture of orders is torchvision's. Within one batch all pictures share an order: the
+    mean and the spread of its pixel values are then within 1/255 and 2/255 of the mixture's."""
     images = pictures(500).float() / 255
-    per_batch = {}
     factors = [between(0.6, 1.4, 500, 1), between(0.6, 1.4, 500, 2), between(0.6, 1.4, 500, 3),
                between(-0.1, 0.1, 500, 4)]
-    ops = (S.brightness, S.contrast, S.saturation, S.hue)
     views = {}
     for order in itertools.permutations(range(4)):
-        x = images
+        views[order] = images
         for op in order:
-            x = ops[op](x, factors[op])
-        views[order] = x
-        per_batch[order] = (x.mean() * 255, x.std() * 255)
-    means, stds = torch.tensor(list(per_batch.values())).T
-    mixture = torch.stack([views[o][i::24] .mean() for i, o in enumerate(views)]).mean() * 255      # an order per picture
-    fixed = (views[0, 1, 2, 3] - views[3, 2, 1, 0]).abs().mean() * 255
-    print(f"one order a batch: mean off by at most {(means - means.mean()).abs().max():.2f}/255, std by at most "
-          f"{(stds - stds.mean()).abs().max():.2f}/255; a picture's view moves by {fixed:.2f}/255 between two orders")
-    assert (means - means.mean()).abs().max() < 1 and (stds - stds.mean()).abs().max() < 3
-    assert abs(mixture - means.mean()) < 5      # other pictures meet other orders: sampling noise of 21 pictures each
-    assert 0.1 < fixed < 12                     # the order does something, but little beside the jitter itself
+            views[order] = (S.brightness, S.contrast, S.saturation, S.hue)[op](views[order], factors[op])
+    means, stds = torch.tensor([(x.mean() * 255, x.std() * 255) for x in views.values()]).T
+    off, spread = (means - means.mean()).abs(), (stds - stds.mean()).abs()
+    moved = (views[0, 1, 2, 3] - views[3, 2, 1, 0]).abs().mean() * 255
+    jitter = (views[0, 1, 2, 3] - images).abs().mean() * 255
+    print(f"one order a batch: its mean is off by {off.mean():.2f}/255 (at most {off.max():.2f}), its std by "
+          f"{spread.mean():.2f} (at most {spread.max():.2f}); between two orders a view moves by {moved:.2f}/255, "
+          f"by the jitter itself by {jitter:.2f}")
+    assert off.max() < 1 and spread.max() < 2 and 0.5 < moved < jitter / 2
 
 
 # --- the function as a whole ------------------------------------------------------------------------------------------
