@@ -60,6 +60,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -210,12 +211,17 @@ def check_settings(a: argparse.Namespace) -> None:
         (a.targets is not None or a.init, f"--layer auto reads a trained network: make one with "
                                           f"`python {NAME}.py --layer none --out runs/base`, add --init runs/base"),
         (a.batch_size >= 2 and a.epochs >= 1, "--batch-size must be at least 2 and --epochs at least 1"),
-        (a.lr > 0 and a.temperature > 0, "--lr and --temperature must be positive"),
+        (0 < a.lr < math.inf and 0 < a.temperature < math.inf, "--lr and --temperature must be positive"),
         (0 < a.crop_min <= 1, f"--crop-min {a.crop_min}: must be in (0, 1]"),
         (0 <= a.blur <= 1 and 0 <= a.solarize <= 1, "--blur and --solarize are probabilities"),
         (a.log_every >= 1, "--log-every must be at least 1"),
-        (min(a.workers, a.image_size, a.warmup_epochs, a.weight_decay, a.probe_every, a.seed) >= 0,
-         "--workers, --image-size, --warmup-epochs, --weight-decay, --probe-every and --seed must not be negative"),
+        (0 <= a.weight_decay < math.inf, f"--weight-decay {a.weight_decay}: must not be negative"),
+        (a.save_every >= 0, f"--save-every {a.save_every}: must not be negative"),
+        (min(a.workers, a.image_size, a.warmup_epochs, a.probe_every) >= 0,
+         "--workers, --image-size, --warmup-epochs and --probe-every must not be negative"),
+        (all(0 <= s < 2 ** 43 for s in [a.seed, *(a.seeds or [])]), "--seed and --seeds must be in 0 .. 2^43"),
+        (len(set(a.seeds or [])) == len(a.seeds or []), "--seeds must differ from each other"),
+        (not a.compile or shutil.which(os.environ.get("CXX", "g++")), "--compile needs a C++ compiler (g++)"),
         (world == 1 or not (a.seeds or a.download), "under torchrun: no --seeds, and --download beforehand"),
         (a.batch_size % world == 0, f"--batch-size {a.batch_size} must be a multiple of the {world} processes"),
         (a.device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device here; use --device cpu"),
@@ -710,8 +716,8 @@ def deep_augment(h: Tensor, rows: Tensor, rate: float, stop_grad: bool, transfor
     if transform == "dropout":
         x = F.dropout(x, rate)
     elif transform == "channel":
-        mask = x.new_ones({4: x.shape[:2] + (1, 1), 3: (x.shape[0], 1, x.shape[2])}.get(x.ndim, x.shape))
-        x = x * F.dropout(mask, rate)
+        one = x[..., :1, :1] if x.ndim == 4 else x[:, :1] if x.ndim == 3 else x    # [B, C, 1, 1], [B, 1, C], [B, C]
+        x = x * F.dropout(torch.ones_like(one), rate)
     else:
         x = remove_components(x, components)
     return torch.where(rows.view(-1, *[1] * (h.ndim - 1)), x, h)
@@ -872,7 +878,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         fail(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        script = state["script"]
+        script, *_ = (state[k] for k in ("script", "config", "model", "optimizer", "step", "data"))
     except Exception:                                                # a damaged file raises many kinds of errors
         fail(f"{path} is damaged or no checkpoint: remove it, or take another")
     if script != NAME:
@@ -967,8 +973,8 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
             writer.writeheader()
             writer.writerows(log)
         with written_whole(out / "checkpoint.pt") as part:
-            torch.save({"script": NAME, "config": config_of(a), "model": net.state_dict(), "step": step,
-                        "optimizer": optimizer.state_dict(), "metrics": log, "source": SOURCE,
+            torch.save({"script": NAME, "config": config_of(a), "data": len(split), "model": net.state_dict(),
+                        "optimizer": optimizer.state_dict(), "step": step, "metrics": log, "source": SOURCE,
                         "seconds": spent + time.time() - begun}, part)
 
     def set_mode():
@@ -985,11 +991,11 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
     set_mode()
     with on_signals(stop.append):                                    # Ctrl-C and SIGTERM wait for the end of a step
         while step < total and not last:
-            torch.manual_seed(mix(a.seed, step, rank))
             lr = learning_rate(step, a, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, labels = next(batches)
+            torch.manual_seed(mix(a.seed, step, rank))               # after next(): starting workers draws a number
             views = two_views(images, split, a)                                               # [2B, 3, S, S]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = model(views, draw_rows(len(images), a, device))                           # [2B, 128]
@@ -1150,7 +1156,7 @@ def draw_figures(a, net: Net, split: Split, out: Path, device, report: dict, pro
     grid = torchvision.utils.make_grid(torch.cat([images, views]).cpu(), nrow=len(images), padding=2)
     figure = Figure((11, 3.2))
     axis = figure.subplots()
-    axis.imshow(grid.permute(1, 2, 0).numpy())
+    axis.imshow(grid.permute(1, 2, 0).clamp(0, 1).numpy())           # rounding can leave 0..1 by 1e-7
     axis.set(title="pictures, and two views of each", xticks=[], yticks=[])
     save_figure(figure, out / "views.png")
 
@@ -1206,8 +1212,8 @@ def compare(runs: list) -> dict:
         fail("--compare: none of these folders holds a finished, probed run of this script")
     values = {k: {v for key in groups for kk, v in key if kk == k} for k, _ in next(iter(groups))}
     varying = [k for k, v in values.items() if len(v) > 1 and k not in ("layer", "stop_grad")]
-    print(f"{'layer':>6} {'stop':>5} {'rate':>5} {'epochs':>6} {'seeds':>5} {'linear %':>14} {'kNN %':>14} {'untrained %':>12}"
-          "  run")
+    print(f"{'layer':>6} {'stop':>5} {'rate':>5} {'epochs':>6} {'seeds':>5} {'linear %':>14} {'kNN %':>14} "
+          f"{'untrained %':>12}  run")
     table, lines = {}, {}                                            # lines: {label: [(layer, mean, std)]}
     for by_seed in groups.values():
         rs = list(by_seed.values())
@@ -1219,7 +1225,7 @@ def compare(runs: list) -> dict:
               f"{f['epochs']:6} {len(rs):5} {pm(linear):>14} {pm(knn):>14} {untrained:12.2f}  {name}")
         if len(targets) < 2:
             label = f"{'with' if f['stop_grad'] else 'without'} stop-gradient" if targets else "no Deep Augmentation"
-            label = ", ".join([label, *(f"{k} {f[k]}" for k in varying)])
+            label = ", ".join([label, *(f"{k} {f.get(k)}" for k in varying)])
             lines.setdefault(label, []).append(((targets or [None])[0], *linear))
     figure = Figure((7, 4.5))
     axis = figure.subplots()
@@ -1319,6 +1325,8 @@ def run(a) -> dict:
     train_split, test_split, classes = load_data(a.dataset, a, device)
     if a.batch_size > len(train_split):
         fail(f"--batch-size {a.batch_size} is more than the {len(train_split)} training pictures")
+    if state and state["data"] != len(train_split):
+        fail(f"--resume with other pictures: the run had {state['data']}, {a.data_dir} has {len(train_split)}")
     if a.objective == "supervised" and train_split.labels is None:
         fail("--objective supervised needs labels: class folders")
     others = {name: load_data(name, a, device) for name in a.transfer}
@@ -1425,7 +1433,7 @@ def main(argv=None) -> dict:
         go_on = shlex.join([w for w in words if w != "--resume"] + ["--resume"])
         python = f"torchrun --nproc_per_node={dist.get_world_size()}" if dist.is_initialized() else "python"
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"\nstopped; nothing is lost. To go on:\n{python} {NAME}.py {go_on}")
+            print(f"\nstopped; nothing is lost. To go on:\n{python} {shlex.quote(os.path.relpath(__file__))} {go_on}")
         raise SystemExit(128 + stopped.args[0]) from None
     finally:
         if dist.is_initialized():

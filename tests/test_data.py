@@ -124,7 +124,7 @@ def test_class_folders_of_one_size_are_decoded_once(folder):
     assert train.images.shape == (45, 3, 20, 20) and train.images.dtype == torch.uint8 and train.size == 20
     assert train.labels.tolist() == [f.parent.name == "dog" for f in train.files]
     assert not set(train.files) & set(test.files) and len(set(train.files) | set(test.files)) == 50
-    assert sorted(test.labels.tolist()) == [0, 0, 0, 1, 1]                              # both classes are held out
+    assert set(test.labels.tolist()) == {0, 1}                                          # both classes are held out
     for split in (train, test):
         for picture, file in zip(split.images, split.files):
             assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.asarray(Image.open(file)))
@@ -148,7 +148,8 @@ def test_train_and_test_folders(folder, name):
     train, test, classes = S.load_folder(flags(root), CPU)
     assert len(train) == 12 and len(test) == 6 and classes == ["cat", "dog"]
     assert all(root / "train" in f.parents for f in train.files)
-    assert all(root / name in f.parents for f in test.files) and test.labels.tolist() == [0] * 3 + [1] * 3
+    assert all(root / name in f.parents for f in test.files) and sorted(test.labels.tolist()) == [0] * 3 + [1] * 3
+    assert test.labels.tolist() == [f.parent.name == "dog" for f in test.files]
 
 
 def test_different_sizes_are_streamed(folder):
@@ -179,19 +180,20 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, ending):
     assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), expected)
 
 
-def broken_folder(folder, sizes, count=12):
-    """Cats and dogs; a truncated PNG and a text file called .png among them, both of the training part."""
-    root = folder(count, sizes)
+def broken_folder(folder, sizes):
+    """24 pictures in train, of which one PNG is cut short and one is a text file; 6 whole ones in test."""
+    folder(3, sizes, "pictures/test")
+    root = folder(12, sizes, "pictures/train")
     truncate(root / "cat" / "03.png")
     (root / "dog" / "05.png").write_text("not a picture")
-    return root
+    return root.parent
 
 
 def test_broken_pictures_in_memory_are_skipped_and_named_once(folder, capfd):
     """Labels still belong to their pictures."""
     root = broken_folder(folder, ((20, 20),))
     train, test, _ = S.load_folder(flags(root), CPU)
-    assert len(train) == 19 and len(train.labels) == 19 and len(test) == 3
+    assert len(train) == 22 and len(train.labels) == 22 and len(test) == 6
     assert {f.name for f in train.broken} == {"03.png", "05.png"} and not test.broken
     told = "".join(capfd.readouterr())
     assert told.count("03.png") == 1 and told.count("05.png") == 1
@@ -206,23 +208,23 @@ def test_broken_pictures_while_streaming_are_replaced_and_named_once(folder, cap
     root = broken_folder(folder, ((20, 20), (24, 20)))
     a = flags(root, "--image-size", 8, "--batch-size", 7)
     train, test, _ = S.load_folder(a, CPU)
-    assert len(train) == 21 and train.images is None
+    assert len(train) == 24 and train.images is None
     batches = S.train_batches(train, a, CPU, 0, 3, 0, 1)
-    seen = [next(batches) for _ in range(6)]                                            # two epochs
+    seen = [next(batches) for _ in range(9)]                                            # three epochs of 21
     assert all(len(images) == 7 == len(labels) for images, labels in seen)
     x, index = zip(*S.eval_batches(train, a, CPU, batch_size=4))
     index = torch.cat(index)
-    assert len(torch.cat(x)) == 19 == len(index.unique())
-    assert {train.files[i].name for i in set(range(21)) - set(index.tolist())} == {"03.png", "05.png"}
+    assert len(torch.cat(x)) == 22 == len(index.unique())
+    assert {train.files[i].name for i in set(range(24)) - set(index.tolist())} == {"03.png", "05.png"}
     told = "".join(capfd.readouterr())
     assert told.count("03.png") == 1 and told.count("05.png") == 1 and len(train.broken) == 2
 
 
 def test_broken_pictures_are_counted_in_the_report(folder, tmp_path):
     """A whole run on pictures of different sizes with --image-size, two of them broken."""
-    root = broken_folder(folder, ((20, 20), (24, 20)), 20)
+    root = broken_folder(folder, ((20, 20), (24, 20)))
     report = S.main(["--dataset", "folder", "--data-dir", str(root), "--workers", "0", "--image-size", "16", "--epochs",
-                     "1", "--batch-size", "18", "--out", str(tmp_path / "run")])
+                     "1", "--batch-size", "12", "--out", str(tmp_path / "run")])
     assert report["broken_pictures"] == 2 and report["steps"] == 2 and (tmp_path / "run" / "encoder.pt").exists()
     assert {"linear", "linear_untrained", "knn"} <= set(report)
 
@@ -252,8 +254,9 @@ def test_layer_map_with_broken_pictures_in_the_middle_of_the_test_part(folder):
 def test_folders_that_cannot_be_used_get_one_line(tmp_path, folder, capsys, case):
     root = tmp_path / "pictures"
     if case in ("all text", "all truncated", "test part truncated"):
-        folder(4)                                                    # eight pictures: the first alone is held out
-        for file in sorted(root.rglob("*.png"))[:1 if case.startswith("test") else None]:
+        folder(4, where="pictures/train")
+        folder(1, where="pictures/test")
+        for file in (root / "test" if case.startswith("test") else root).rglob("*.png"):
             truncate(file) if case.endswith("truncated") else file.write_text("no picture")
     elif case == "no train beside test":
         save(root / "test" / "a" / "1.png", 8, 8)
@@ -305,11 +308,11 @@ def test_batches_from_a_later_step_are_those_of_an_uninterrupted_run(start):
 
 
 def test_ranks_are_disjoint_and_together_make_the_epoch():
-    """Two processes of batch 4 see, step by step, the pictures of one process of batch 8."""
-    split, small, large = numbered_split(50), S.settings(["--batch-size", "4"]), S.settings(["--batch-size", "8"])
-    ranks = [epoch_of(split, small, 0, 6, 6, rank, 2) for rank in (0, 1)]
+    """Two processes see, step by step, halves of the batches of one process."""
+    split, a = numbered_split(50), S.settings(["--batch-size", "8"])
+    ranks = [epoch_of(split, a, 0, 6, 6, rank, 2) for rank in (0, 1)]
     assert not set(sum(ranks[0], [])) & set(sum(ranks[1], []))
-    assert [x + y for x, y in zip(*ranks)] == epoch_of(split, large, 0, 6, 6)
+    assert [x + y for x, y in zip(*ranks)] == epoch_of(split, a, 0, 6, 6)
 
 
 def test_streamed_crops_are_a_function_of_seed_epoch_and_picture(folder):

@@ -136,7 +136,7 @@ def test_gather_in_one_process_is_the_identity():
 
 
 def test_torchrun_trains_end_to_end_and_one_process_writes(few, tmp_path):
-    """Real torchrun: it ends well, the folder is written once, an epoch has half as many steps, the encoder loads."""
+    """Real torchrun: it ends well, the folder is written once, the batch is shared by both, the encoder loads."""
     words = ["--dataset", "folder", "--data-dir", few, "--workers", "0", "--batch-size", "32", "--epochs", "2",
              "--device", "cpu", "--out", "run"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -146,6 +146,6 @@ def test_torchrun_trains_end_to_end_and_one_process_writes(few, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]           # no second run moved the first one aside
     assert done.stdout.count("steps an epoch") == 1 and done.stdout.count("encoder.pt") == 1
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["steps"] == 2 * (216 // 64) and "linear" in report
+    assert report["steps"] == 2 * (216 // 32) and "linear" in report
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
     assert torch.jit.load(tmp_path / "run" / "encoder.pt")(torch.rand(3, 3, 32, 32)).shape == (3, 128)

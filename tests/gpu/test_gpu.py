@@ -86,9 +86,10 @@ def test_network_and_loss_equal_the_cpu_in_float32_and_nearly_under_autocast():
         loss.backward()
         results[device] = loss.item(), torch.cat([p.grad.flatten().cpu() for p in net.parameters()])
     (loss, gradient), (same, same_gradient), (near, near_gradient) = results.values()
-    assert same == pytest.approx(loss, rel=1e-4) and near == pytest.approx(loss, rel=2e-2)
+    assert same == pytest.approx(loss, rel=1e-4) and near == pytest.approx(loss, rel=1e-2)
     assert (same_gradient - gradient).norm() < 5e-3 * gradient.norm()
-    assert (near_gradient - gradient).norm() < 0.3 * gradient.norm()
+    # an untrained network's outputs are nearly parallel, so bf16's rounding is a quarter of their small differences
+    assert torch.cosine_similarity(near_gradient, gradient, dim=0) > 0.9
 
 
 # ---- Deep Augmentation
