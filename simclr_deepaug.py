@@ -878,11 +878,13 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         fail(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        script, *_ = (state[k] for k in ("script", "config", "model", "optimizer", "step", "data"))
+        script, parts = state["script"], set(state) >= {"config", "data", "model", "optimizer", "step"}
     except Exception:                                                # a damaged file raises many kinds of errors
         fail(f"{path} is damaged or no checkpoint: remove it, or take another")
     if script != NAME:
         fail(f"{path} was written by {script}.py, not by this script")
+    if not parts:
+        fail(f"{path} is damaged: it lacks parts of a checkpoint")
     return state
 
 

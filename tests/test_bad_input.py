@@ -141,7 +141,7 @@ def checkpoint(path, **changes):
     a = S.settings(FOLDER)
     train, _, classes = S.load_data("folder", a, "cpu")
     net = S.build(a, train, classes, "cpu")
-    torch.save({"script": S.NAME, "config": S.config_of(a), "model": net.state_dict(), "step": 0,
+    torch.save({"script": S.NAME, "config": S.config_of(a), "data": len(train), "model": net.state_dict(), "step": 0,
                 "optimizer": {}, "metrics": [], "seconds": 0.0, **changes}, path)
 
 

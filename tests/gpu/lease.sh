@@ -54,7 +54,7 @@ run() {  # run SECONDS NAME COMMAND...: shown, limited, logged
 }
 
 take_parts() {  # what this call carried, beside what earlier calls did
-    [ ! -d lease-data ] || { mkdir -p "$PARTS" && cp -r lease-data/. "$PARTS/"; }
+    [ ! -d lease-data ] || { mkdir -p "$PARTS" && cp -rf lease-data/. "$PARTS/"; }
 }
 
 unpack() {  # unpack cifar-10 | cifar-100, into data/
@@ -69,8 +69,9 @@ train() {  # train NAME FLAGS...: go on if it was begun; then pack what is worth
     # shellcheck disable=SC2086
     run "${LIMIT:-520}" "$name" "$PYTHON" simclr_deepaug.py --preset paper --epochs "${EPOCHS:-200}" \
         --seed "${SEED:-0}" --device "$DEVICE" --log-every 50 "$@" --out "$RUN-$name" --resume $small $EXTRA
-    [ ! -d "$RUN-$name" ] || (cd "$RUN-$name" && find . -maxdepth 1 \( -name '*.json' -o -name '*.csv' -o -name '*.png' \) \
-        -print0 | tar czf - --null -T -) > "$OUT/$name.tgz"
+    [ -d "$RUN-$name" ] || return
+    (cd "$RUN-$name" && find . -maxdepth 1 \( -name '*.json' -o -name '*.csv' -o -name '*.png' \) -print0 |
+        tar czf - --null -T -) > "$OUT/$name.tgz"
 }
 
 section_tests() {
