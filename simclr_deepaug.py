@@ -455,7 +455,7 @@ def train_batches(split: Split, a, device, step: int, steps: int, rank: int, wor
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(a.seed * 100_003 + epoch))
         order = order[:steps * a.batch_size].view(steps, world, a.batch_size // world)[first:, rank]
         if split.images is not None:
-            for index in order.to(device):
+            for index in order.to(device, non_blocking=True):        # the host does not wait
                 yield split.images[index], None if split.labels is None else split.labels[index]
         else:
             crops = TwoCrops(split.size, a.crop_min)
@@ -767,11 +767,19 @@ def frozen_layers(a) -> tuple[list, list]:
 # 6 Loss
 # ----------------------------------------------------------------------------------------------------------------
 
-def gather(z: Tensor) -> Tensor:
-    """The rows of all processes, gradients included: [B, d] -> [world * B, d]. One process: z itself."""
-    if not dist.is_initialized():
-        return z
-    return torch.cat(torch.distributed.nn.functional.all_gather(z))
+class Gather(torch.autograd.Function):
+    """The rows of all processes [B, d] -> [world * B, d]; a row's gradient is the sum of what all processes send it."""
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -782,10 +790,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     rows as candidates, so the mean over processes (DistributedDataParallel takes it) is the loss of the whole batch.
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    candidates = torch.cat([gather(z1), gather(z2)])                                          # [2N, d]
-    n, b = len(candidates) // 2, len(z1)
-    logits = torch.cat([z1, z2]) @ candidates.T / temperature                                 # [2B, 2N]
-    i = torch.arange(b, device=z1.device) + (dist.get_rank() * b if dist.is_initialized() else 0)
+    everyone, rank = (z1, z2), 0
+    if dist.is_initialized():
+        everyone, rank = (Gather.apply(z1), Gather.apply(z2)), dist.get_rank()
+    n, b = len(everyone[0]), len(z1)
+    logits = torch.cat([z1, z2]) @ torch.cat(everyone).T / temperature                        # [2B, 2N]
+    i = torch.arange(b, device=z1.device) + rank * b
     itself, partner = torch.cat([i, i + n]), torch.cat([i + n, i])
     return F.cross_entropy(logits.scatter(1, itself.unsqueeze(1), float("-inf")), partner)
 
@@ -1016,24 +1026,23 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
             last = step == total or stops(stop, step % a.log_every == 0, device)
             save_now = last or probe_now or time.time() - saved > a.save_every
             if step % a.log_every == 0 or save_now:
-                values = torch.stack(losses).tolist()                # the one wait for the device
+                values, now = torch.stack(losses).tolist(), time.time()                       # the one wait
                 for i, value in enumerate(values):
                     if not math.isfinite(value):
                         fail(f"the loss is {value} at step {step - len(values) + i + 1}; any checkpoint before it is "
                              f"kept in {out}. A smaller --lr usually helps")
                 log.append({"step": step, "epoch": step / steps, "loss": statistics.mean(values), "lr": lr,
-                            "images_per_second": a.batch_size * len(values) / (time.time() - logged),
+                            "images_per_second": a.batch_size * len(values) / (now - logged),
                             **meters(*z.detach().chunk(2))})
                 bar.set_postfix_str(f"loss {log[-1]['loss']:.3f}, {log[-1]['images_per_second']:.0f} images/s")
-                losses = []
+                losses, logged = [], now
                 if probe_now and rank == 0:
                     after_epoch(step // steps)
                     set_mode()
                 if save_now:
                     if rank == 0 and all(p.isfinite().all() for p in net.parameters()):
                         save()
-                    saved = time.time()
-                logged = time.time()
+                    logged = saved = time.time()                     # probing and saving are no part of the speed
     bar.close()
     if stop or step < total:
         raise Interrupted(stop[0] if stop else signal.SIGTERM)
