@@ -782,6 +782,10 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def gather(z: Tensor) -> Tensor:
+    return Gather.apply(z) if dist.is_initialized() else z
+
+
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent (SimCLR; Eq. 1 with the 2N-2 negatives of SimCLR's code) as one plain cross-entropy.
 
@@ -790,12 +794,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     rows as candidates, so the mean over processes (DistributedDataParallel takes it) is the loss of the whole batch.
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    everyone, rank = (z1, z2), 0
-    if dist.is_initialized():
-        everyone, rank = (Gather.apply(z1), Gather.apply(z2)), dist.get_rank()
-    n, b = len(everyone[0]), len(z1)
-    logits = torch.cat([z1, z2]) @ torch.cat(everyone).T / temperature                        # [2B, 2N]
-    i = torch.arange(b, device=z1.device) + rank * b
+    candidates = torch.cat([gather(z1), gather(z2)])                                          # [2N, d]
+    n, b = len(candidates) // 2, len(z1)
+    logits = torch.cat([z1, z2]) @ candidates.T / temperature                                 # [2B, 2N]
+    i = torch.arange(b, device=z1.device) + (dist.get_rank() * b if dist.is_initialized() else 0)
     itself, partner = torch.cat([i, i + n]), torch.cat([i + n, i])
     return F.cross_entropy(logits.scatter(1, itself.unsqueeze(1), float("-inf")), partner)
 
