@@ -317,7 +317,7 @@ class Decode(torch.utils.data.Dataset):
             except Exception:                                        # PIL raises many kinds for damaged files
                 continue
         else:
-            raise RuntimeError("not one picture can be read")
+            raise OSError("not one picture can be read")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(*self.seeds, asked))
             return self.transform(v2.functional.pil_to_tensor(picture)), used, asked
@@ -344,13 +344,17 @@ def decode(split: Split, indices, transform, a, batch_size: int, epoch: int = 0)
     batches = torch.as_tensor(indices).split(batch_size)
     loader = torch.utils.data.DataLoader(
         Decode(split.files, transform, (a.seed, epoch)), batch_sampler=[b.tolist() for b in batches],
-        num_workers=a.workers, worker_init_fn=leave_signals_to_parent, pin_memory=torch.cuda.is_available())
-    for pictures, used, asked in loader:
-        for i in asked[used != asked].tolist():
-            if split.files[i] not in split.broken:
-                tqdm.write(f"skipped, cannot be read: {split.files[i]}")
-                split.broken.add(split.files[i])
-        yield pictures, used, used == asked
+        num_workers=a.workers, worker_init_fn=leave_signals_to_parent, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator())                                 # else it draws from the training's random state
+    try:
+        for pictures, used, asked in loader:
+            for i in asked[used != asked].tolist():
+                if split.files[i] not in split.broken:
+                    tqdm.write(f"skipped, cannot be read: {split.files[i]}")
+                    split.broken.add(split.files[i])
+            yield pictures, used, used == asked
+    except OSError:
+        fail(f"none of the {len(split.files)} pictures like {split.files[0]} can be read")
 
 
 def picture_size(file: Path):
@@ -470,18 +474,17 @@ def train_batches(split: Split, a, device, step: int, steps: int, rank: int, wor
 # ----------------------------------------------------------------------------------------------------------------
 
 def crop_boxes(n: int, height: int, width: int, scale, device) -> tuple[Tensor, ...]:
-    """(top, left, h, w), each float [n]: torchvision's RandomResizedCrop.get_params, ten tries drawn at once.
-
-    If none fits (long narrow pictures only) the first is cut to the picture; torchvision takes a central crop then.
-    """
+    """(top, left, h, w), each float [n]: torchvision's RandomResizedCrop.get_params, ten tries drawn at once."""
     area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)                       # the first try that fits
-    w, h = w.gather(1, first)[:, 0].clamp(1, width), h.gather(1, first)[:, 0].clamp(1, height)
-    top = (torch.rand(n, device=device) * (height - h + 1)).floor()
-    left = (torch.rand(n, device=device) * (width - w + 1)).floor()
+    first, found = fits.int().argmax(1, keepdim=True), fits.any(1)   # the first try that fits, if one does;
+    central_w, central_h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))   # else a central crop
+    w = torch.where(found, w.gather(1, first)[:, 0], central_w)
+    h = torch.where(found, h.gather(1, first)[:, 0], central_h)
+    top = torch.where(found, (torch.rand(n, device=device) * (height - h + 1)).floor(), (height - central_h) // 2)
+    left = torch.where(found, (torch.rand(n, device=device) * (width - w + 1)).floor(), (width - central_w) // 2)
     return top, left, h, w
 
 
@@ -1138,19 +1141,29 @@ def probe(net: Net, train_split: Split, test_split: Split, classes: list, a, dev
     return result
 
 
+def some_pictures(split: Split, a, device) -> tuple[Tensor, Tensor]:
+    """(float32 [n, 3, S, S], index [n]): the first pictures, at most 2,048 and at most 64 MiB as bytes."""
+    limit = max(4, min(2048, (64 << 20) // (3 * split.size ** 2)))
+    images, index = zip(*eval_batches(split, a, device, limit))
+    return torch.cat(images), torch.cat(index)
+
+
+@torch.no_grad()
 def layer_map(net: Net, split: Split, a, device) -> Tensor:
-    """Linear CKA between layers 0-6 on up to 2,048 unaugmented pictures, float64 [7, 7] (Section 6.1)."""
+    """Linear CKA between layers 0-6 on unaugmented pictures, float64 [7, 7] (Section 6.1). ValueError: fewer than 4."""
     from cka import cka_map
     net.eval()
-    with torch.no_grad():
-        acts = ([net.activations(x)[n] for n in net.numbered()] for x, _ in eval_batches(split, a, device, 2048, 256))
-        return cka_map((h, h) for h in acts)                         # the network beside itself
+    acts = ([net.activations(x)[n] for n in net.numbered()] for x in some_pictures(split, a, device)[0].split(256))
+    return cka_map((h, h) for h in acts)                             # the network beside itself
 
 
 def auto_layer(net: Net, split: Split, a, device) -> int:
     """Where the co-adapted stretch of layers starts (with stop-gradient) or ends (without): Section 6.1."""
     from cka import coadapted_stretch
-    start, end = coadapted_stretch(layer_map(net, split, a, device))
+    try:
+        start, end = coadapted_stretch(layer_map(net, split, a, device))
+    except ValueError as e:
+        fail(f"--layer auto: {e}")
     print(f"--layer auto: layers {start}-{end} are co-adapted, so layer {start if a.stop_grad else end}")
     return start if a.stop_grad else end
 
@@ -1191,13 +1204,13 @@ def draw_figures(a, net: Net, split: Split, out: Path, device, report: dict, pro
     figure.suptitle(out.name)
     save_figure(figure, out / "curves.png")
 
-    if not importlib.util.find_spec("cka"):
-        print("cka.py is not beside this script: no map of the layers")
-        return
-    from cka import coadapted_stretch, draw_map
-    layers = layer_map(net, split, a, device)
-    draw_map(layers, out / "cka.png", [f"{i} {LAYERS[i]}" for i in range(7)], stretch=coadapted_stretch(layers),
-             targets=[t for t in a.targets if t >= 0], title=out.name)
+    try:
+        from cka import coadapted_stretch, draw_map
+        layers = layer_map(net, split, a, device)
+        draw_map(layers, out / "cka.png", [f"{i} {LAYERS[i]}" for i in range(7)], stretch=coadapted_stretch(layers),
+                 targets=[t for t in a.targets if t >= 0], title=out.name)
+    except (ImportError, ValueError) as e:                           # no cka.py beside this script; too few pictures
+        print(f"no map of the layers: {e}")
 
 
 def mean_std(values: list) -> tuple[float, float | None]:
@@ -1309,11 +1322,10 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
                if not k.startswith(("layers.head", "layers.input"))}
     with written_whole(out / "weights.safetensors") as part:
         save_file(weights, part)
-    limit = max(4, min(2048, (64 << 20) // (3 * split.size ** 2)))   # at most 64 MiB, for cka.py and a first look
-    images, index = zip(*eval_batches(split, a, next(net.parameters()).device, limit))
-    labels = torch.full((len(torch.cat(index)),), -1) if split.labels is None else split.labels[torch.cat(index)].cpu()
+    images, index = some_pictures(split, a, next(net.parameters()).device)                    # for cka.py
+    labels = torch.full((len(index),), -1) if split.labels is None else split.labels[index].cpu()
     with written_whole(out / "samples.npz") as part, open(part, "wb") as f:
-        np.savez(f, images=(torch.cat(images) * 255).round().to(torch.uint8).cpu().numpy(), labels=labels.numpy())
+        np.savez(f, images=(images * 255).round().to(torch.uint8).cpu().numpy(), labels=labels.numpy())
     return worst
 
 
