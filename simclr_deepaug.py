@@ -150,7 +150,7 @@ def settings(argv=None) -> argparse.Namespace:
     g.add_argument("--temperature", type=float, default=0.5, help="of NT-Xent")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["default", "paper"], default="default", help=f"paper: {PAPER}")
-    g.add_argument("--epochs", type=int, default=12)
+    g.add_argument("--epochs", type=int, default=20)
     g.add_argument("--batch-size", type=int, default=256, help="pictures a step, two views each, over all processes")
     g.add_argument("--lr", type=float, default=0.5, help="peak learning rate")
     g.add_argument("--optimizer", choices=["sgd", "lars"], default="sgd")
