@@ -432,7 +432,7 @@ def to_unit(images: Tensor, size: int) -> Tensor:
     x = images.float() / 255
     if x.shape[-2:] != (size, size):
         x = v2.functional.center_crop(v2.functional.resize(x, [size], antialias=True), [size, size])
-    return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def eval_batches(split: Split, a, device, limit: int = 0, batch_size: int = 512):
@@ -493,19 +493,18 @@ def resize_matrix(start: Tensor, length: Tensor, size: int, out: int, flip: Tens
 
     A triangle filter as wide as the shrink factor: torchvision's antialiased bilinear resize of the cropped line.
     """
-    scale = (length / out).view(-1, 1, 1)
-    source = torch.arange(size, device=start.device)
-    begin = start.view(-1, 1, 1)
-    centre = begin + (torch.arange(out, device=start.device).view(-1, 1) + 0.5) * scale       # [n, out, 1]
-    weight = (1 - (source + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)            # [n, out, size]
-    weight = weight * ((source >= begin) & (source < begin + length.view(-1, 1, 1)))
-    weight = weight / weight.sum(-1, keepdim=True)
-    return torch.where(flip.view(-1, 1, 1), weight.flip(1), weight)
+    scale, begin = (length / out).view(-1, 1, 1), start.view(-1, 1, 1)
+    source, target = torch.arange(size, device=start.device), torch.arange(out, device=start.device)
+    target = torch.where(flip.view(-1, 1), out - 1 - target, target).unsqueeze(2)             # [n, out, 1]
+    distance = (source + 0.5 - begin - (target + 0.5) * scale).abs()                          # [n, out, size]
+    weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((source >= begin) & (source < begin + length.view(-1, 1, 1)))          # within the crop only
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def gray(x: Tensor) -> Tensor:
     """[n, 3, H, W] -> [n, 1, H, W], ITU-R 601 luma as torchvision."""
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+    return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -521,15 +520,18 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by shift (in turns, [n, 1, 1, 1]) in HSV: channel c = V - C * triangle wave of (h + 5 - 2c)."""
+    """Turn the hue by shift (in turns, [n, 1, 1, 1]) in HSV. A channel's share of the chroma is clamp(2 - d, 0, 1), d
+    its distance on the colour circle, in sixths of a turn, from its own hue (red 0, green 2, blue 4)."""
     r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    scale = 1 / (chroma + (chroma == 0))
-    h = torch.where(value == r, (g - b) * scale,
-                    torch.where(value == g, (b - r) * scale + 2, (r - g) * scale + 4))        # sixths of a turn
-    k = ((h + 6 * shift[:, 0]).unsqueeze(1) + (5 - 2 * torch.arange(3, device=x.device)).view(1, 3, 1, 1)) % 6
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+    value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = value - low
+    red = (value == r).float()                                       # masks as numbers: on the CPU a product takes a
+    green = (value == g).float().mul_(1 - red)                       # tenth of the time of torch.where
+    h = torch.addcmul(red * (g - b), green, (b - r).add_(chroma, alpha=2))
+    h.addcmul_(1 - red - green, (r - g).add_(chroma, alpha=4)).div_(chroma + 1e-20).add_(6 * shift[:, 0])
+    d = h.unsqueeze(1) - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)                # [n, 3, H, W]
+    d.sub_((d / 6).round_(), alpha=6).abs_()                         # the shorter way around the circle, 0..3
+    return torch.addcmul(low.unsqueeze(1), chroma.unsqueeze(1), d.neg_().add_(2).clamp_(0, 1))
 
 
 def blur_matrix(sigma: Tensor, size: int, kernel: int) -> Tensor:
@@ -569,14 +571,14 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0) 
 
     for op in torch.randperm(4).tolist():                            # one order a batch, drawn on the host
         x = (brightness, contrast, saturation, hue)[op](x, factor(0.4, 1.0) if op < 3 else factor(0.1, 0.0))
-    x = torch.where(chance(0.2), gray(x), x)
+    x = torch.lerp(x, gray(x), chance(0.2).float())
     if blur > 0:                                                     # SimCLR App. A: sigma .1-2, kernel side/10
         sigma = torch.empty(n, 1, 1, 1, device=device).uniform_(0.1, 2.0)
         m = blur_matrix(torch.where(chance(blur), sigma, 0.0).flatten(), size, max(3, size // 10 | 1)).unsqueeze(1)
         x = m @ x @ m.mT
     if solarize > 0:
         x = torch.where(chance(solarize) & (x >= 0.5), 1 - x, x)
-    return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def two_views(images: Tensor, split: Split, a) -> Tensor:
@@ -591,14 +593,14 @@ def two_views(images: Tensor, split: Split, a) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------
 
 class Normalize(nn.Module):
-    """Layer -1: pictures in 0..1 -> zero mean and unit variance per channel over the training set."""
+    """Layer -1: pictures in 0..1 -> zero mean and unit variance per channel over the training set, channels_last."""
     def __init__(self, mean, std):
         super().__init__()
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
 
     def forward(self, x):
-        return (x - self.mean) / self.std
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 def block_outputs(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

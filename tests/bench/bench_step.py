@@ -272,7 +272,7 @@ def main(argv=None):
     device, cuda = torch.device(args.device), args.device == "cuda"
     torch.backends.cudnn.benchmark = True                           # as run() sets it
     workers = args.workers or (os.cpu_count() if cuda else 2)
-    images, labels = S.draw_shapes(50_000 if cuda else max(2048, 4 * args.batch_size), 0, device)
+    images, labels = S.draw_shapes(50_000 if cuda else max(2048, (args.steps + 4) * args.batch_size), 0, device)
     split = S.Split(labels, 32, images=images)
     flags = ["--arch", args.arch, "--device", args.device]
     sized = [*flags, "--batch-size", str(args.batch_size)]

@@ -11,6 +11,7 @@ timed once all its workers are at work, and it works off all it was given, so no
 Then what drawing the order of the jitter operations once a batch, and not per picture, changes. Target: 8 times.
 """
 import argparse
+import ctypes
 import itertools
 import os
 import statistics
@@ -76,6 +77,16 @@ def pictures(args, device):
         data = torchvision.datasets.CIFAR100(args.data_dir).data
         return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous().to(device), "cifar100"
     return S.draw_shapes(8192, 0, device)[0], "shapes"
+
+
+def grown_heap():
+    """Let glibc keep freed memory, as it does in a training process whose heap has grown: there make_views takes the
+    same time with and without this. In a fresh process every new tensor would pay for its pages anew, which says
+    something about malloc and nothing about the views (it more than doubles their time; --fresh-heap shows it)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)                                   # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)                                # M_TRIM_THRESHOLD
 
 
 # ---- speed
@@ -208,8 +219,11 @@ def main(argv=None):
     p.add_argument("--workers", type=int, default=0, help="of the usual way; 0: 2 on the CPU, all cores beside a GPU")
     p.add_argument("--views", type=int, default=20_480, help="views of the comparison of orders")
     p.add_argument("--data-dir", default=str(ROOT / "data"))
+    p.add_argument("--fresh-heap", action="store_true", help="see grown_heap")
     p.add_argument("--quick", action="store_true", help="a few seconds: does it run?")
     args = p.parse_args(argv)
+    if not args.fresh_heap:
+        grown_heap()
     if args.quick:
         args.images, args.batch_size, args.repeats, args.views, args.workers = 128, 32, 1, 256, 1
     device = torch.device(args.device)
