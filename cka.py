@@ -277,7 +277,9 @@ def new_axes(height, title=""):
 
     figure = Figure(figsize=(6.4, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot(title=title)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=7)  # names of run folders are long
+    return figure, axes
 
 
 def draw_map(M, path, names_a, names_b=None, stretch=None, targets=(), title=None):
@@ -288,8 +290,8 @@ def draw_map(M, path, names_a, names_b=None, stretch=None, targets=(), title=Non
         ticks = range(0, len(names), -(-len(names) // 32))  # thinned to 32 at most
         axis.set_ticks(ticks, [names[i] for i in ticks], fontsize=7)
     axes.tick_params(axis="x", rotation=90)
-    for cells, colour in ((stretch or (), "black"), (targets, "red")):
-        axes.scatter(cells, cells, marker="x", s=60, linewidths=2, color=colour)
+    for cells, colour, size in ((targets, "red", 150), (stretch or (), "black", 50)):  # both show on one cell
+        axes.scatter(cells, cells, marker="x", s=size, linewidths=2, color=colour)
     write(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
 
 
@@ -468,7 +470,7 @@ def measure(args):
         summary(M, a, b, kind)
         if kind != "classes":
             path = out if a is first else out.with_name(f"{out.stem}-{a.folder}.png")
-            draw_map(M, path, a.names, b.names, stretch, title=f"{a.folder} - {b.folder} ({kind})")
+            draw_map(M, path, a.names, b.names, stretch, title=f"{a.folder}\n{kind if a is b else b.folder}")
     if kind == "classes":
         draw_lines([(r["run_a"], np.ravel(r["map"])) for r in results], out, first.names, "CKA with the classes")
     if stretch:

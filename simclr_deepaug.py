@@ -20,7 +20,7 @@ all of them. `deep_augment` in section 5 is all there is to it; the rest is SimC
 Commands
     python simclr_deepaug.py                                             # drawn shapes, layer 4, stop-gradient
     python simclr_deepaug.py --layer none                                # plain SimCLR: the baseline
-    python simclr_deepaug.py --dataset cifar100 --download --epochs 6    # CIFAR-100 on a laptop
+    python simclr_deepaug.py --dataset cifar100 --download --epochs 12   # CIFAR-100 on a laptop
     python simclr_deepaug.py --preset paper --layer 6                    # the paper's setting, for a GPU
     python simclr_deepaug.py --layer all --sample 1 --no-stop-grad --rate 0.1    # Fig. 3: dropout everywhere
     python simclr_deepaug.py --layer 3 --freeze before --init runs/OTHER         # Fig. 5
@@ -28,8 +28,10 @@ Commands
     torchrun --nproc_per_node=4 simclr_deepaug.py --preset paper         # several GPUs, the same training
 
 What to expect
-    The default run takes under two minutes on two CPU cores; its linear probe of 20 drawn classes rises from about
-    20 % (untrained network) to about 80 %. On CIFAR-100 and short training plain SimCLR is ahead: docs/results.md.
+    The default run takes about 90 s on two CPU cores; the linear probe of 20 drawn classes rises from 20.1 % (untrained)
+    to 81.6 ± 4.5 % (three seeds; plain SimCLR: 91.9 ± 1.2 %). CIFAR-100, 12 epochs, small network: untrained 12.2 %,
+    SimCLR 24.3 ± 0.6 %, layer 4 20.9 ± 0.2 %. So short a training does not show the paper's gain, which comes after
+    1,500 epochs of a ResNet-18: docs/results.md has all that was measured.
 
 The learning rate of the paper. Its vision code is SupContrast (github.com/HobbitLong/SupContrast; "main_supcon.py:146"
 below is a line of it), whose loss is NT-Xent times T/0.07: at T = 0.5 its gradients are 7.142857 times those of the
