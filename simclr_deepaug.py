@@ -697,7 +697,7 @@ def build(a, split: Split, classes: list, device) -> Net:
             x = x.double() / 255
             sums += torch.stack([x.mean((2, 3)), x.square().mean((2, 3))]).sum(1)
         mean, square = (sums / len(split)).float()
-        std = (square - mean ** 2).sqrt()
+        std = (square - mean ** 2).clamp(min=1e-6).sqrt()            # a channel may be constant
     else:                                                            # ImageNet's, as torchvision's pretrained networks
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.manual_seed(a.seed)
