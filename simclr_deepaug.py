@@ -14,8 +14,8 @@ f = f_above . f_below, and put a random transformation A between the parts:
     g^l(x) = f_above( A( f_below(x) ) )                                                             (Eq. 2)
 
 A is dropout at that one layer, on a random half of the batch (--layer, --rate, --sample). With stop-gradient the
-augmented rows send no gradient below layer l: the layers below learn from clean rows only, the layers above from
-all of them. `deep_augment` in section 5 is all there is to it; the rest is SimCLR, done carefully.
+augmented rows send no gradient into f_below: layers up to l learn from clean rows only, the layers above from all
+of them. `deep_augment` in section 5 is all there is to it; the rest is SimCLR, done carefully.
 
 Commands
     python simclr_deepaug.py                                             # drawn shapes, layer 4, stop-gradient
@@ -28,10 +28,10 @@ Commands
     torchrun --nproc_per_node=4 simclr_deepaug.py --preset paper         # several GPUs, the same training
 
 What to expect
-    The default run takes about 90 s on two CPU cores; its linear probe of 20 drawn classes rises from 20.1 %
-    (untrained) to 81.6 ± 4.5 % (three seeds; plain SimCLR: 91.9 ± 1.2 %). CIFAR-100, 12 epochs, small network:
-    untrained 12.2 %, SimCLR 24.3 ± 0.6 %, layer 4 20.9 ± 0.2 %. So short a training does not show the paper's gain,
-    which comes after 1,500 epochs of a ResNet-18: docs/results.md has all that was measured.
+    The default run takes under 90 s on two CPU cores; its linear probe of 20 drawn classes rises from 20.1 %
+    (untrained) to 81.6 ± 4.5 % (three seeds; plain SimCLR: 91.9 ± 1.2 %). CIFAR-100, 12 epochs, batch 512,
+    lr 1: untrained 12.2 %, SimCLR 24.3 ± 0.6 %, layer 4 20.9 ± 0.2 %. So short a training does not show the paper's
+    gain, which comes after 1,500 epochs of a ResNet-18: docs/results.md has all that was measured.
 
 The learning rate of the paper. Its vision code is SupContrast (github.com/HobbitLong/SupContrast; "main_supcon.py:146"
 below is a line of it), whose loss is NT-Xent times T/0.07: at T = 0.5 its gradients are 7.142857 times those of the
@@ -97,7 +97,8 @@ LAYERS = {-1: "input", 0: "stem", 1: "layer1", 2: "layer2", 3: "layer3", 4: "lay
 
 PAPER = dict(dataset="cifar100", arch="resnet18", batch_size=1024, epochs=1500, warmup_epochs=10,  # App. A.1 and
              lr=0.5 * 0.5 / 0.07, weight_decay=1e-4 * 0.07 / 0.5)      # SupContrast's README; see the docstring
-# Flags that say where and how a run computes, not what: they are no part of its name and may change on --resume.
+# Flags that say where and how a run computes, not what: they may change on --resume and are no part of its name
+# (of `preset` the name stands there, and the flags that it sets count).
 FREE = {"out", "resume", "device", "data_dir", "download", "workers", "compile", "log_every", "save_every", "seeds",
         "compare", "export", "transfer", "probe_every", "preset"}
 
@@ -221,7 +222,7 @@ def check_settings(a: argparse.Namespace) -> None:
         (a.save_every >= 0, f"--save-every {a.save_every}: must not be negative"),
         (min(a.workers, a.image_size, a.warmup_epochs, a.probe_every) >= 0,
          "--workers, --image-size, --warmup-epochs and --probe-every must not be negative"),
-        (all(0 <= s < 2 ** 43 for s in [a.seed, *(a.seeds or [])]), "--seed and --seeds must be in 0 .. 2^43"),
+        (all(0 <= s < 2 ** 43 for s in [a.seed, *(a.seeds or [])]), "--seed and --seeds must be in 0 .. 2^43 - 1"),
         (len(set(a.seeds or [])) == len(a.seeds or []), "--seeds must differ from each other"),
         (not a.compile or shutil.which(os.environ.get("CXX", "g++")), "--compile needs a C++ compiler (g++)"),
         (world == 1 or not (a.seeds or a.download), "under torchrun: no --seeds, and --download beforehand"),
@@ -237,7 +238,8 @@ def check_settings(a: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 class Split:
-    """Pictures of one split: `images` uint8 [N, 3, H, W] on the device, or, when they do not fit, `files` to decode.
+    """Pictures of one split: `images` uint8 [N, 3, H, W] on the device; `files` to decode, if sizes differ or they
+    take 4 GiB or more (then images is None).
 
     labels: int64 [N] on the device, or None. size: side of the squares that the network sees.
     """
@@ -383,7 +385,7 @@ def load_folder(a, device) -> tuple[Split, Split, list]:
     classes = sorted({name for _, name in train})
     labelled = len(classes) > 1 and "" not in classes and {name for _, name in test} <= set(classes)
     if not labelled:
-        print("no class folders: training goes on without labels, so without the linear probe and kNN")
+        print("no class folders (two or more, the test folder's among them): no labels, so no linear probe and kNN")
 
     sizes, pixels = set(), 0
     for file, _ in train + test:
@@ -550,7 +552,7 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0) 
     """One random SimCLR view of every picture: uint8 [n, 3, H, W] -> float32 [n, 3, size, size] in 0..1.
 
     SupContrast main_supcon.py:146: random resized crop (scale crop_min..1), flip, colour jitter (.4, .4, .4, .1)
-    with probability .8, grayscale .2, no blur. crop_min = 0: the pictures are crops already, colours only.
+    with probability .8, grayscale .2, no blur. crop_min = 0: the pictures are crops already, so neither crop nor flip.
     """
     n, _, height, width = images.shape
     device = images.device
@@ -595,7 +597,8 @@ def two_views(images: Tensor, split: Split, a) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------
 
 class Normalize(nn.Module):
-    """Layer -1: pictures in 0..1 -> zero mean and unit variance per channel over the training set, channels_last."""
+    """Layer -1: pictures in 0..1 -> (x - mean) / std per channel, of the training set (streamed folders: of ImageNet),
+    in channels_last."""
     def __init__(self, mean, std):
         super().__init__()
         self.register_buffer("mean", mean.view(3, 1, 1))
