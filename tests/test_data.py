@@ -136,7 +136,7 @@ def test_flat_folder_trains_without_labels(tmp_path, capsys):
         save(tmp_path / f"{i}.png", 16, 16, seed=i)
     train, test, classes = S.load_folder(flags(tmp_path), CPU)
     assert train.labels is None and test.labels is None and len(train) == 18 and len(test) == 2
-    assert "without labels" in capsys.readouterr().out
+    assert "no labels" in capsys.readouterr().out
     images, labels = next(S.train_batches(train, flags(tmp_path, "--batch-size", 4), CPU, 0, 4, 0, 1))
     assert images.shape == (4, 3, 16, 16) and labels is None
 
