@@ -1019,7 +1019,7 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, after_epoch,
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, labels = next(batches)
-            torch.manual_seed(mix(a.seed, step, rank))               # after next(): starting workers draws a number
+            torch.manual_seed(mix(a.seed, step, rank))               # fixes this step's views, rows and dropout
             views = two_views(images, split, a)                                               # [2B, 3, S, S]
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = model(views, draw_rows(len(images), a, device))                           # [2B, 128]
