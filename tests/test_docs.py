@@ -13,6 +13,7 @@ from torch import nn
 
 import cka
 import simclr_deepaug as S
+import simcse_deepaug as T
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
@@ -31,7 +32,7 @@ def commands():
         lines += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
         for line in lines:
             found.setdefault(line.split("#")[0].strip(), page.name)
-    for script in ("simclr_deepaug.py", "cka.py"):
+    for script in ("simclr_deepaug.py", "simcse_deepaug.py", "cka.py"):
         for line in re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / script).read_text(), re.M):
             found.setdefault(line.split("#")[0].strip(), script)
     return {c: page for c, page in found.items() if c and "…" not in c}
@@ -80,6 +81,46 @@ def test_simclr_command(command, workplace, few, monkeypatch, capsys):
     assert "steps in" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """Where documented commands find lines.txt (a text), DIR (STS tasks), FOLDER (a model) and runs/base."""
+    here = tmp_path_factory.mktemp("sentences")
+    grammar = T.Grammar(0)
+    (here / "lines.txt").write_text("\n".join(grammar.sentences(64)))
+    for name in ("test", "dev", "train"):
+        path = here / f"DIR/STS/STSBenchmark/sts-{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = zip(*grammar.pairs(40, True, 9))
+        path.write_text("".join(f"g\tf\ty\t{i}\t{score}\t{a}\t{b}\n" for i, (a, b, score) in enumerate(rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        T.main(["--layer", "none", "--train-file", "lines.txt", "--sts-dir", "DIR", "--epochs", "1", "--device", "cpu",
+                "--batch-size", "32", "--out", "runs/base"])
+    shutil.copytree(here / "runs/base/model", here / "FOLDER")
+    return here
+
+
+@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python simcse_deepaug.py")))
+def test_simcse_command(command, sentences, monkeypatch, capsys):
+    words = shlex.split(command)[2:]
+    T.settings(words)                                                # as written: every flag exists, nothing refused
+    monkeypatch.chdir(sentences)
+    if "--download" in words:
+        return                                                       # tests/test_simcse_run.py, without a network
+    if "--compare" in words:
+        assert T.main(["--compare", *map(str, sorted(sentences.glob("runs/*")))])
+        return
+    words = without(words, {"--train-file", "--sts-dir", "--batch-size", "--epochs"}) + [
+        "--train-file", "lines.txt", "--sts-dir", "DIR", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
+    if "--preset" in words:
+        words += ["--model", "small"]
+    if "--seeds" in words:
+        words = without(words, {"--seeds"}) + ["--seeds", "0", "1"]
+    out = [] if "--out" in words or "--resume" in words else ["--out", "runs/this"]
+    assert "sts" in T.main(words + out)
+    assert "Spearman" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python cka.py") and "RUN" not in c))
 def test_cka_command(command, workplace, few, real_data_or_none, monkeypatch):
     words = shlex.split(command)[2:]
@@ -106,11 +147,12 @@ def test_bench_command(command):
 def test_torchrun_command(command):
     """The flags are right; tests/test_distributed.py runs two processes for real."""
     words = shlex.split(command)
-    S.settings(words[words.index("simclr_deepaug.py") + 1:])
+    [i] = [i for i, word in enumerate(words) if word.endswith("_deepaug.py")]
+    (S if words[i].startswith("simclr") else T).settings(words[i + 1:])
 
 
 def test_no_other_kind_of_command():
-    other = [c for c in commands() if not re.match(r"python (simclr_deepaug|cka|tests/bench/\w+)\.py|torchrun ", c)]
+    other = [c for c in commands() if not re.match(r"python (sim\w+_deepaug|cka|tests/bench/\w+)\.py|torchrun ", c)]
     install = "pip install -r requirements.txt && "
     assert set(other) <= {install + "python simclr_deepaug.py", install + "pytest",
                           "python ../shared/data/unpack.py --to data"} | {c for c in other if "tests/gpu/" in c}
@@ -204,8 +246,8 @@ def test_load_cpp_block(workplace, tmp_path):
 
 
 def test_every_flag_is_explained():
-    """docs/simclr_deepaug.md and docs/cka.md name every flag; the first also every logged column and reported key."""
-    for page, parser_help in (("simclr_deepaug", S), ("cka", cka)):
+    """Every script's page names every flag."""
+    for page, parser_help in (("simclr_deepaug", S), ("simcse_deepaug", T), ("cka", cka)):
         text = (ROOT / f"docs/{page}.md").read_text()
         done = subprocess.run([sys.executable, ROOT / f"{parser_help.__name__}.py", "--help"], capture_output=True,
                               text=True)
@@ -213,13 +255,17 @@ def test_every_flag_is_explained():
             assert flag in text, f"{page}: {flag}"
 
 
-def test_every_logged_number_is_explained(workplace):
-    text = (ROOT / "docs/simclr_deepaug.md").read_text()
-    report = json.loads((workplace / "runs/base/report.json").read_text())
-    columns = (workplace / "runs/base/metrics.csv").read_text().splitlines()[0].split(",")
+@pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "a"),
+                                              ("simcse_deepaug", "sentences", "base")])
+def test_every_logged_number_is_explained(page, place, run, request):
+    """Every logged column, reported key and written file stands in the script's page."""
+    text = (ROOT / f"docs/{page}.md").read_text()
+    folder = request.getfixturevalue(place) / "runs" / run
+    report = json.loads((folder / "report.json").read_text())
+    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     for key in [*columns, *report]:
         base = key.removesuffix("_untrained")
         base = re.sub(r"_(train|test)$", "", base)
         assert f"`{base}" in text, key
-    for file in (workplace / "runs/dropout20").iterdir():            # a copy that no later command wrote into
+    for file in folder.iterdir():
         assert f"`{file.name}`" in text, file.name
