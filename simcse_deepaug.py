@@ -69,6 +69,7 @@ import tarfile
 import threading
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, islice
@@ -80,6 +81,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -320,6 +322,10 @@ class Sentences:
     def __len__(self):
         return len(self.lengths)
 
+    def digest(self) -> str:
+        """Names the sentences: how many, and which."""
+        return f"{len(self)} ({hashlib.sha256(np.ascontiguousarray(self.tokens)).hexdigest()[:12]})"
+
     def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         """(ids, mask), both int64 [B, L], padded on the right to the longest of these sentences."""
         lengths = self.lengths[index][:, None]
@@ -334,6 +340,7 @@ def tokenise(tokenizer, sentences: list, max_length: int) -> tuple[np.ndarray, n
     if not sentences:
         return np.zeros(0, np.int32), np.zeros(0, np.int64)
     ids = tokenizer(sentences, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    tokenizer.backend_tokenizer.no_truncation()                      # it would stay in the saved tokenizer
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(chain.from_iterable(ids), np.int32, lengths.sum()), lengths
 
@@ -354,10 +361,14 @@ def read_lines(path: Path, bar=None):
                 try:
                     sentence = line.decode("utf-8-sig").strip()
                 except UnicodeDecodeError:
+                    if bar is not None:
+                        bar.close()                                  # else the message would stand behind it
                     fail(f"{path}, line {number}: not UTF-8; convert it with `iconv -f latin1 -t utf-8`")
                 if sentence:
                     yield sentence
     except (OSError, ValueError) as e:                               # ValueError: mmap of an empty file
+        if bar is not None:
+            bar.close()
         fail(f"--train-file {path}: " + ("no such file" if not path.exists() else f"cannot be read ({e})"))
 
 
@@ -387,8 +398,15 @@ def learn_tokenizer(path: Path, vocab_size: int, folder: Path):
         fail(f"--train-file {path}: no such file")
     kept = folder / f"wordpiece-{fingerprint(path, vocab_size)}"
     if not kept.exists():
-        pieces = BertWordPieceTokenizer(lowercase=True)
-        pieces.train_from_iterator(read_lines(path), vocab_size=vocab_size, show_progress=False)
+        pieces, letters = BertWordPieceTokenizer(lowercase=True), Counter()
+        for line in read_lines(path):
+            letters.update(pieces.normalize(line))
+        # The trainer numbers the pieces of one letter in an order that differs every time, and breaks ties by it. Named
+        # beforehand they have their place; a tokenizer of the finished vocabulary takes them for ordinary pieces.
+        inside = ["##" + c for c in sorted(c for c, _ in letters.most_common(1000)) if not c.isspace()]
+        pieces.train_from_iterator(read_lines(path), vocab_size=vocab_size, show_progress=False,
+                                   special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inside])
+        pieces = BertWordPieceTokenizer(vocab=pieces.get_vocab(), lowercase=True)
         with made_once(kept) as part:
             transformers.BertTokenizerFast(tokenizer_object=pieces._tokenizer).save_pretrained(part)
     return transformers.AutoTokenizer.from_pretrained(kept)
@@ -398,6 +416,8 @@ def token_file(path: Path, tokenizer, max_length: int, folder: Path) -> Sentence
     """The sentences of `path`, tokenised once into `folder` and from then on memory-mapped."""
     if not path.exists():
         fail(f"--train-file {path}: no such file")
+    tokenizer.backend_tokenizer.no_truncation()                      # some come with a limit or a padding of their own
+    tokenizer.backend_tokenizer.no_padding()
     kept = folder / f"tokens-{fingerprint(path, tokenizer.backend_tokenizer.to_str(), max_length)}"
     if not kept.exists():
         with made_once(kept) as part, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, leave=False,
@@ -742,7 +762,7 @@ def build(a, config, tokenizer, device) -> Net:
             with quiet_transformers():
                 lm, info = transformers.AutoModelForMaskedLM.from_pretrained(
                     a.model, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             fail(f"--model {a.model}: {first_line(e)}")
         lacks = [k for k in info["missing_keys"] if k.startswith(lm.base_model_prefix)]
         if lacks:
@@ -1007,6 +1027,8 @@ def train(a, net: Net, train_set: Sentences, second: int, scores: Tensor | None,
     if a.compile:
         model = torch.compile(model, dynamic=True)
 
+    sentences = train_set.digest()
+
     def save():
         if log:
             with written_whole(out / "metrics.csv") as part, open(part, "w", newline="") as f:
@@ -1015,7 +1037,7 @@ def train(a, net: Net, train_set: Sentences, second: int, scores: Tensor | None,
                 writer.writerows(log)
         save_json(out / "evals.json", evals)
         with written_whole(out / "checkpoint.pt") as part:
-            torch.save({"script": NAME, "config": config_of(a), "data": len(train_set), "model": net.state_dict(),
+            torch.save({"script": NAME, "config": config_of(a), "data": sentences, "model": net.state_dict(),
                         "optimizer": optimizer.state_dict(), "step": step, "metrics": log, "evals": evals,
                         "source": SOURCE, "seconds": spent + time.time() - begun}, part)
 
@@ -1413,7 +1435,8 @@ def export(a, net: Net, tokenizer, out: Path, report: dict) -> float:
 
 def describe_to_sentence_transformers(net: Net, folder: Path) -> None:
     """The files by which sentence-transformers knows how to pool."""
-    modules = ["Transformer", "Pooling"] + ["Dense"] * (net.pooler == "cls-mlp")
+    dense = net.pooler == "cls-mlp" and net.projector is not None
+    modules = ["Transformer", "Pooling"] + ["Dense"] * dense
     paths = ["", "1_Pooling", "2_Dense"]
     save_json(folder / "modules.json", [{"idx": i, "name": str(i), "path": paths[i], "type":
                                          f"sentence_transformers.models.{m}"} for i, m in enumerate(modules)])
@@ -1423,7 +1446,7 @@ def describe_to_sentence_transformers(net: Net, folder: Path) -> None:
         "word_embedding_dimension": net.dim, "pooling_mode_cls_token": net.pooler != "mean",
         "pooling_mode_mean_tokens": net.pooler == "mean", "pooling_mode_max_tokens": False,
         "pooling_mode_mean_sqrt_len_tokens": False})
-    if net.pooler == "cls-mlp":
+    if dense:
         (folder / "2_Dense").mkdir(exist_ok=True)
         save_json(folder / "2_Dense" / "config.json", {"in_features": net.dim, "out_features": net.dim, "bias": True,
                                                        "activation_function": "torch.nn.modules.activation.Tanh"})
@@ -1438,7 +1461,7 @@ def describe_to_sentence_transformers(net: Net, folder: Path) -> None:
 
 def load_tokenizer(a, out: Path, folder: Path):
     """The tokenizer of --model; for the small BERT that of the run it goes on from, or one learned from the text."""
-    for run in [out] * a.resume + [Path(a.init)] * bool(a.init):
+    for run in [out] * a.resume + [Path(a.init), Path(a.init).parent] * bool(a.init):
         if a.model == "small" and (run / "tokenizer").is_dir():
             return transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
     if a.model == "small":
@@ -1509,8 +1532,8 @@ def run(a) -> dict:
     sentences = len(train_set) - offset
     if a.batch_size > sentences:
         fail(f"--batch-size {a.batch_size} is more than the {sentences} training sentences or pairs")
-    if state and state["data"] != len(train_set):
-        fail(f"--resume with other sentences: the run had {state['data']}, now there are {len(train_set)}")
+    if state and state["data"] != train_set.digest():
+        fail(f"--resume with other sentences: the run had {state['data']}, now there are {train_set.digest()}")
     steps = sentences // a.batch_size                                # of one epoch; the ragged rest is dropped
     stretch = None
     if dev and (a.init or a.model != "small") and importlib.util.find_spec("cka"):
@@ -1519,6 +1542,9 @@ def run(a) -> dict:
     if a.layer == ["auto"]:                                          # Section 6.1, Fig. 10
         net.targets = [stretch[0] if a.stop_grad else stretch[1]]
         print(f"--layer auto: layers {stretch[0]}-{stretch[1]} are co-adapted, so layer {net.targets[0]}")
+
+    if a.stop_grad and a.sample == 1 and config.num_hidden_layers + 1 in net.targets and scores is None and not a.mlm:
+        fail("--sample 1 with stop-gradient at the output vector sends no gradient anywhere: nothing is left to train")
 
     if chief and not a.resume:
         if out.exists():                                             # nothing is lost: the older run moves aside
@@ -1557,8 +1583,10 @@ def run(a) -> dict:
 
 
 def show_scores(report: dict) -> None:
-    """Spearman * 100 of every task, before training too where it was measured."""
+    """Spearman * 100 of every task, before training too where it was measured. Nothing without tasks."""
     keys = scored_tasks(report) + [k for k in ("dev", "alignment_dev", "uniformity_dev") if k in report]
+    if not keys:
+        return
     before = any(k + "_untrained" in report for k in keys)
     print(f"\n{'Spearman x 100':24}" + (f"{'untrained':>10}{'trained':>10}" if before else ""))
     for k in keys:
@@ -1571,7 +1599,7 @@ def show(report: dict, out: Path) -> None:
     show_scores(report)
     print(f"{report['steps']} steps in {report['seconds']:.0f} s, {report['sentences_per_second']:.0f} sentences/s, "
           f"two views each; the exported encoder differs from the live one by {report['export_difference']:.1g}")
-    print(f"in {out}: encoder.pt, tokenizer/, model/, weights.safetensors, report.json, curves.png, cka.png")
+    print(f"in {out}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in out.iterdir()))}")
 
 
 def main(argv=None) -> dict:
