@@ -323,6 +323,9 @@ class Encoder:
             config = json.loads(extra["config.json"])
             self.all, numbers, self.size = config["layers"], config["layer_numbers"], int(config["image_size"])
         except (RuntimeError, ValueError, KeyError, TypeError):
+            if '"script": "simcse_deepaug"' in str(extra["config.json"]):
+                raise ValueError(f"{path} takes sentences, not pictures; the map of its layers is the cka.png that "
+                                 "simcse_deepaug.py drew beside it") from None
             raise ValueError(f"{path} is not an exported encoder (TorchScript with a config.json that names its "
                              "layers); the training scripts write one, encoder.pt, into the run folder") from None
         if not hasattr(self.model, "activations"):

@@ -7,20 +7,22 @@
 Papers: Brüel-Gabrielsson, Wang, Baradad, Solomon, "Deep Augmentation", arXiv 2303.14537, Sections 5.2, 6 and App. B, C;
 Gao, Yao, Chen, "SimCSE", EMNLP 2021.
 
-SimCSE passes every sentence twice through BERT. The two dropout masks are the only difference, and the two vectors
-z, z' must find each other among the batch's N sentences:
+SimCSE passes every sentence twice through BERT; only the dropout masks differ. Each first vector z_i must pick its
+partner z'_i out of the batch's N second vectors:
 
     loss = mean over i of  -log  exp(cos(z_i, z'_i) / T) / sum_j exp(cos(z_i, z'_j) / T),     T = 0.05  (`simcse_loss`)
 
-Deep Augmentation targets one layer l (0 embeddings, 1-12 transformer layers, 13 output vector; picture in section 4)
-instead of all of them: A, dropout at rate 0.5 (--rate), acts on the hidden states there, on a random half of the 2N
-rows, in addition to BERT's own 10 %. With stop-gradient the augmented rows send no gradient into the layers below.
+Deep Augmentation adds a stronger dropout A at one place, layer l (0 embeddings, 1-12 transformer layers, 13 output
+vector; picture in section 4), to a random subset of the 2N rows (each with probability --sample, 0.5); BERT's own 10 %
+stays everywhere. Rate 0.5 is the paper's untuned choice; its best run with stop-gradient has 0.125 (--preset paper).
+With stop-gradient the augmented rows send no gradient into the layers up to l.
 
     g^l(x) = f_above( A( f_below(x) ) )                                                       (Eq. 2, `deep_augment`)
 
---mlm adds BERT's own objective, masked-language modelling, in a second pass. SimCSE alone suffers from it; the paper
-finds that Deep Augmentation does not (Fig. 7, 8) and believes that both together allow training from scratch. That is
-what the default run does, on sentences from a small grammar; --model takes a trained BERT instead.
+--mlm adds BERT's own loss, masked-language modelling, computed in a second, equally augmented pass. The paper finds
+that this hurts plain SimCSE much more than Deep Augmentation (Fig. 7, 8), and believes that SimCSE, Deep Augmentation
+and MLM together can train from scratch. The default run does that, on sentences from a small grammar; --model takes a
+trained BERT instead.
 
 Commands
     python simcse_deepaug.py                                       # a small BERT from scratch, layer 8, stop-gradient
@@ -39,12 +41,12 @@ Deviations from the papers and their code
     1. Batches are bucketed by length: 100 batches are drawn at random, sorted by length and cut anew (SimCSE: random
        batches, which all reach 32 tokens). A sentence still meets any other one of its length.
     2. The last, ragged batch of an epoch is dropped, so that every loss has as many negatives.
-    3. The small BERT is pooled by the mean of its tokens: at random weights its [CLS] says nothing of the sentence, and
-       training did not get away from that (docs/simcse_deepaug.md). A trained --model is pooled as in SimCSE.
+    3. The small BERT is pooled by the mean of its tokens: at random weights its [CLS] says next to nothing of the
+       sentence, and short training did not get away from that. A trained --model is pooled as in SimCSE.
     4. Layer 13 with stop-gradient does detach (in the authors' code a bug keeps it from doing so).
-    5. The map of layers compares means over tokens; the paper does not say what it compares.
+    5. The CKA maps of the layers (Fig. 10) compare means over tokens; the paper does not say what it compares.
     6. Positions count from a sentence's first token, so padding may stand on either side.
-    7. The supervised head is Tai et al.'s |u - v|, u * v; the paper does not describe its own.
+    7. --objective supervised regresses scores from |u - v|, u * v (Tai et al. 2015); the paper does not say from what.
     8. On CUDA the forward pass runs in bfloat16 (loss, weights and evaluation in float32).
 """
 import argparse
@@ -94,14 +96,14 @@ POOL = 100                                                           # batches t
 # 1 Settings
 # ----------------------------------------------------------------------------------------------------------------
 
-# SimCSE's run_unsup_example.sh, and the layer and rate that the authors' grid found best with stop-gradient
+# SimCSE's settings for bert-base, and the layer and rate that the authors' grid found best with stop-gradient
 PAPER = dict(model="bert-base-uncased", train_file="data/wiki1m_for_simcse.txt", max_length=32, mlm=False,
              sts_dir="data/SentEval/data/downstream", layer=["8"], rate=0.125, batch_size=64, lr=3e-5, epochs=1,
              warmup=0.0, eval_every=125, select="dev")
 # Flags that say where and how a run computes, not what: they may change on --resume and are no part of its name
 # (of `preset` the name stands there, and the flags that it sets count).
 FREE = {"out", "resume", "device", "download", "compile", "log_every", "save_every", "seeds", "compare", "export",
-        "eval_only", "preset", "sts_dir"}
+        "eval_only", "preset"}
 
 
 # same text in: simclr_deepaug.py, simcse_deepaug.py
@@ -188,9 +190,11 @@ def settings(argv=None) -> argparse.Namespace:
         a = p.parse_args(argv)
     p.set_defaults(pooler="mean" if a.model == "small" else "cls")
     a.pooler = a.pooler or p.get_default("pooler")
+    if a.eval_only:                                                  # nothing is augmented or predicted then
+        a.layer, a.mlm = ["none"], False
     check_settings(a)
     differs = [f"{k.replace('_', '')}{'_'.join(map(str, v)) if isinstance(v, list) else Path(str(v)).name}"
-               for k, v in config_of(a).items() if k not in ("train_file", "seed") and v != p.get_default(k)]
+               for k, v in config_of(a).items() if k not in ("train_file", "sts_dir", "seed") and v != p.get_default(k)]
     data = Path(a.train_file).stem if a.train_file else "grammar"
     a.name = "-".join([NAME, data] + ([a.preset] if a.preset != "default" else []) + differs)
     return a
@@ -198,14 +202,14 @@ def settings(argv=None) -> argparse.Namespace:
 
 def config_of(a) -> dict:
     """The flags that decide what is computed."""
-    return {k: v for k, v in vars(a).items() if k not in FREE | {"name", "targets"}}
+    return {k: v for k, v in vars(a).items() if k not in FREE | {"name"}}
 
 
 def check_settings(a: argparse.Namespace) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))                   # set by torchrun
     if not all(re.fullmatch(r"\d+", s) for s in a.layer) and a.layer not in (["none"], ["all"], ["auto"]):
         fail(f"--layer {' '.join(a.layer)}: give numbers (0 embeddings, then the transformer layers, then the output "
-             f"vector), or all, none, auto")                         # whether the model has them: layers_of
+             f"vector), or all, none, auto")                         # whether the model has them: targets_of
     for ok, message in [
         (0 <= a.rate < 1, f"--rate {a.rate}: must be in [0, 1)"),
         (0 < a.sample <= 1, f"--sample {a.sample}: must be in (0, 1]"),
@@ -227,6 +231,8 @@ def check_settings(a: argparse.Namespace) -> None:
         (a.log_every >= 1 and a.eval_every >= 0, "--log-every must be at least 1, --eval-every not negative"),
         (a.save_every >= 0, f"--save-every {a.save_every}: must not be negative"),
         (a.select == "last" or a.eval_every, "--select dev needs --eval-every"),
+        (not (a.eval_only and a.resume), "--eval-only scores --model or --init; there is nothing to resume"),
+        (not a.eval_only or a.init or a.model != "small", "--eval-only needs a trained network: --model or --init"),
         (all(0 <= s < 2 ** 43 for s in [a.seed, *(a.seeds or [])]), "--seed and --seeds must be in 0 .. 2^43 - 1"),
         (len(set(a.seeds or [])) == len(a.seeds or []), "--seeds must differ from each other"),
         (not a.compile or shutil.which(os.environ.get("CXX", "g++")), "--compile needs a C++ compiler (g++)"),
@@ -275,7 +281,7 @@ class Grammar:
     """The default corpus: sentences about who did what to what, where and when, and pairs of them scored 0 to 5.
 
     A meaning is five concepts of three words each, told in one of eight word orders. Concepts go together as the rows
-    of SCENES do (a doctor examines, or does what the neighbouring rows do), so a word's company tells its concept:
+    of SCENES do: the doctor's deed is his row's or a neighbour's, and so on. So a word's company tells its concept:
     nothing else says that "physician" and "medic" are one. Two in nine (who, did, what) combinations are kept
     out of training, for testing. A pair's score is the number of concepts shared: 0 unrelated, 5 the same.
     """
@@ -284,7 +290,7 @@ class Grammar:
         times = [words.split(",") for words in TIMES.replace("\n", " / ").split(" / ")]
         self.words, self.seed, near = [*zip(*scenes), times], seed, np.array([-1, 0, 1])
         grid = np.stack(np.meshgrid(np.arange(16), near, near, near, near, indexing="ij"), -1).reshape(-1, 5)
-        grid = grid.cumsum(1) % 16                                   # did is near who, what near did, and so on
+        grid = grid.cumsum(1) % 16                                   # each concept's row: the one before's -1, 0 or +1
         grid[:, 4] //= 2                                             # there are only eight times
         grid = np.unique(grid, axis=0)
         held_out = (grid[:, 0] + 2 * grid[:, 1] + grid[:, 2]) % 4 == 1    # any two of the three still meet in training
@@ -351,8 +357,7 @@ def in_memory(tokenizer, sentences: list, max_length: int) -> Sentences:
 
 
 def read_lines(path: Path, bar=None):
-    """The sentences of a text file, one a line, without its empty lines. Memory-mapped: the file is never whole in
-    memory."""
+    """The sentences of a text file, one a line, without its empty lines, line by line through a memory map."""
     try:
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
             for number, line in enumerate(iter(text.readline, b""), start=1):
@@ -456,23 +461,17 @@ def read_pairs(path: Path, columns: tuple, skip: int = 0, scores: Path | None = 
     first, second, values = [], [], []
     for i, line in enumerate(lines):
         cells = line.rstrip("\r").split("\t")
-        where = f"{scores}, line {i + 1}" if scores else f"{path}, line {i + 1 + skip}"
         try:
             gold = golds[i].strip() if scores else cells[columns[2]].strip()
             pair = cells[columns[0]], cells[columns[1]]
         except IndexError:
             fail(f"{path}, line {i + 1 + skip}: has {len(cells)} tab-separated cells, too few")
-        if not gold:
-            continue
-        try:
-            value = float(gold)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            fail(f"{where}: the score {gold!r} is no number")
-        first.append(pair[0])
-        second.append(pair[1])
-        values.append(value)
+        if gold:
+            if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", gold, re.IGNORECASE):
+                fail(f"{scores or path}, line {i + 1 + skip}: the score {gold!r} is no number")
+            first.append(pair[0])
+            second.append(pair[1])
+            values.append(float(gold))
     if not values:
         fail(f"{path}: holds no scored pair")
     return first, second, np.array(values)
@@ -578,19 +577,19 @@ def epoch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, poo
     return np.concatenate(batches)
 
 
-def train_batches(train: Sentences, second: int, a, step: int, steps: int, rank: int, world: int):
+def train_batches(train: Sentences, offset: int, a, step: int, steps: int, rank: int, world: int):
     """From this step on: (index [B], ids [2B, L], mask [2B, L]) of this process's B sentences, then of the B they are
-    compared with: number i + `second` in `train`. SimCSE: second = 0, the same again; pairs: their number."""
+    compared with: number i + `offset` in `train`. SimCSE: 0, the same again; pairs: how many there are."""
     while True:
-        order = epoch_order(train.lengths[:len(train) - second], a.batch_size, a.seed, step // steps)
+        order = epoch_order(train.lengths[:len(train) - offset], a.batch_size, a.seed, step // steps)
         for batch in order[step % steps:]:
             mine = batch[rank::world]
-            yield mine, *train.batch(np.concatenate([mine, mine + second]))
+            yield mine, *train.batch(np.concatenate([mine, mine + offset]))
             step += 1
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# 3 Views: the same sentence twice, and some of its tokens masked
+# 3 Views: dropout makes the two views (section 4); what is made beforehand are the masks of --mlm
 # ----------------------------------------------------------------------------------------------------------------
 
 
@@ -665,8 +664,8 @@ class Net(nn.Module):
         """The last layer's states [B, L, dim] -> one vector a sentence [B, dim]."""
         if self.pooler == "mean":
             return mean_of_tokens(h, mask)
-        first = mask.argmax(1)[:, None, None].expand(-1, 1, h.shape[2])       # [CLS]: the first token that is none
-        return h.gather(1, first).squeeze(1)                                  # of the padding
+        first = mask.argmax(1)[:, None, None].expand(-1, 1, h.shape[2])       # [CLS] stands behind padding on the left
+        return h.gather(1, first).squeeze(1)
 
     def forward(self, ids, mask, rows=None, masked_ids=None, masked_rows=None, index=None):
         states = self.states(ids, mask, rows)
@@ -746,7 +745,7 @@ def targets_of(a, n: int) -> list | None:
         return {"none": [], "all": list(range(n + 2)), "auto": None}[a.layer[0]]
     targets = sorted({int(l) for l in a.layer})
     if targets[-1] > n + 1:
-        fail(f"--layer {targets[-1]}: no such layer; this network has 0 embeddings, 1-{n} transformer layers, "
+        fail(f"--layer {targets[-1]}: no such layer (8 is the default); there are 0 embeddings, 1-{n} layers, "
              f"{n + 1} output vector; or all, none, auto")
     return targets
 
@@ -861,7 +860,7 @@ def simcse_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 def mlm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the masked tokens of all processes; 0 if none was masked. [M, vocabulary], [M]."""
-    count = torch.tensor(float(len(targets)), device=logits.device)
+    count = torch.full((), float(len(targets)), device=logits.device)    # torch.tensor(...) would wait for the GPU
     total, world = count.clone(), 1
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -881,7 +880,7 @@ def relatedness(net: Net, u: Tensor, v: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, a, steps: int) -> float:
-    """Linear warm-up over the first --warmup of the run, then linear decay to 0. steps: steps of one epoch."""
+    """Linear warm-up over the first --warmup of the run, then linear decay towards 0. steps: steps of one epoch."""
     total = a.epochs * steps
     warm = int(a.warmup * total)
     return a.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
@@ -1006,11 +1005,12 @@ def checkpoint_to_resume(a, out: Path, device) -> dict | None:
     return state
 
 
-def train(a, net: Net, train_set: Sentences, second: int, scores: Tensor | None, tokenizer, dev, out: Path, device,
+def train(a, net: Net, train_set: Sentences, offset: int, scores: Tensor | None, tokenizer, dev, out: Path, device,
           steps: int, state: dict | None) -> dict:
     """Train to the last epoch, from the start or from `state`. Every step reseeds from (seed, step, process): so no
     random state needs saving, a resumed run meets the same masks and dropout, and evaluation in between changes
-    nothing. second, scores: see train_batches and --objective supervised. Returns what was measured."""
+    nothing. offset: see train_batches; scores: of the pairs, for --objective supervised; steps: of one epoch. Returns
+    what was measured."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, a.lr, weight_decay=a.weight_decay, fused=True)
@@ -1056,7 +1056,7 @@ def train(a, net: Net, train_set: Sentences, second: int, scores: Tensor | None,
     total, last = a.epochs * steps, False
     losses, stop = [], []                                            # losses stay on the device until they are logged
     special = torch.tensor(tokenizer.all_special_ids)
-    batches = train_batches(train_set, second, a, step, steps, rank, world)
+    batches = train_batches(train_set, offset, a, step, steps, rank, world)
     begun = saved = logged = time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
     if dev and a.eval_every and step == 0 and rank == 0:
@@ -1078,20 +1078,19 @@ def train(a, net: Net, train_set: Sentences, second: int, scores: Tensor | None,
             ids, mask = to_device(ids), to_device(mask)
             rows = torch.rand(len(ids), device=device) < a.sample    # once a batch, over both views
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                z = model(ids, mask, rows, *masked)                                           # [2B, dim]
-            z, logits = z if a.mlm else (z, None)
+                output = model(ids, mask, rows, *masked)
+            z, logits = output if a.mlm else (output, None)                                   # [2B, dim], [M, pieces]
             if a.objective == "simcse":
-                loss = simcse_loss(*z.chunk(2), a.temperature)
+                objective = simcse_loss(*z.chunk(2), a.temperature)
             else:
-                loss = F.mse_loss(relatedness(net, *z.chunk(2)), scores[index].to(device))
-            objective = loss.detach()
-            masked_loss = mlm_loss(logits, targets) if a.mlm else torch.zeros_like(loss)
-            loss = loss + a.mlm_weight * masked_loss
+                objective = F.mse_loss(relatedness(net, *z.chunk(2)), to_device(scores[index]))
+            masked_loss = mlm_loss(logits, targets) if a.mlm else torch.zeros_like(objective)
+            loss = objective + a.mlm_weight * masked_loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)                   # SimCSE through transformers' Trainer
+            nn.utils.clip_grad_norm_(trained, 1.0)                   # the Trainer that SimCSE used clips at 1
             optimizer.step()
-            losses.append(torch.stack([loss.detach(), objective, masked_loss.detach()]))
+            losses.append(torch.stack([loss, objective, masked_loss]).detach())
             step += 1
             bar.update()
 
@@ -1296,7 +1295,8 @@ def compare(runs: list) -> dict:
         path = Path(folder) / "report.json"
         r = json.loads(path.read_text()) if path.exists() else {}
         if r.get("script") != NAME or "sts" not in r:
-            print(f"{folder}: left out, no finished and scored run of this script")
+            if not Path(folder).is_file() and Path(folder).name != "text":    # runs/* holds more than runs
+                print(f"{folder}: left out, no finished and scored run of this script")
             continue
         r["run"] = re.sub(r"[-/]s\d+$", "", str(folder))
         key = tuple(sorted((k, str(v)) for k, v in r["flags"].items() if k != "seed"))
@@ -1315,7 +1315,8 @@ def compare(runs: list) -> dict:
         f, name, targets = rs[0]["flags"], rs[0]["run"], rs[0]["layers_augmented"]
         means = {t: mean_std([r[t] for r in rs if t in r]) for t in tasks if any(t in r for r in rs)}
         table[name] = {**means, "sts": mean_std([r["sts"] for r in rs]), "seeds": len(rs)}
-        print(f"{','.join(map(str, targets)) or 'none':>6} {'yes' if f['stop_grad'] else 'no':>5} {f['rate']:6} "
+        stop, rate = (("yes" if f["stop_grad"] else "no"), f["rate"]) if targets else ("-", "-")
+        print(f"{','.join(map(str, targets)) or 'none':>6} {stop:>5} {rate:>6} "
               f"{'yes' if f['mlm'] else 'no':>4} {len(rs):5} "
               + " ".join(f"{pm(means[t]) if t in means else '-':>14}" for t in tasks) + f"  {name}")
         if len(targets) < 2:
@@ -1327,7 +1328,8 @@ def compare(runs: list) -> dict:
     for i, (label, points) in enumerate(sorted(lines.items())):
         layer, mean, std = zip(*sorted(points))
         if layer[0] is None:                                         # the baseline: a line across
-            axis.axhline(mean[0], color=f"C{i}", linestyle="--", label=label)
+            for m in mean:
+                axis.axhline(m, color=f"C{i}", linestyle="--", label=label)
         else:
             axis.errorbar(layer, mean, [s or 0 for s in std], color=f"C{i}", fmt="o-", capsize=3, label=label)
     axis.set(xlabel="layer of Deep Augmentation", ylabel="average Spearman x 100")
@@ -1461,10 +1463,10 @@ def describe_to_sentence_transformers(net: Net, folder: Path) -> None:
 
 def load_tokenizer(a, out: Path, folder: Path):
     """The tokenizer of --model; for the small BERT that of the run it goes on from, or one learned from the text."""
-    for run in [out] * a.resume + [Path(a.init), Path(a.init).parent] * bool(a.init):
-        if a.model == "small" and (run / "tokenizer").is_dir():
-            return transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
     if a.model == "small":
+        for run in [out] * a.resume + [Path(a.init), Path(a.init).parent] * bool(a.init):
+            if (run / "tokenizer").is_dir():
+                return transformers.AutoTokenizer.from_pretrained(run / "tokenizer")
         return learn_tokenizer(text_file(a, folder), a.vocab_size, folder)
     files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
     if Path(a.model).is_dir() and not any((Path(a.model) / f).exists() for f in files):
@@ -1476,6 +1478,22 @@ def load_tokenizer(a, out: Path, folder: Path):
     if tokenizer.pad_token_id is None or (a.mlm and tokenizer.mask_token_id is None):
         fail(f"--model {a.model}: its tokenizer has no [PAD] or, for --mlm, no [MASK]; without it use --no-mlm")
     return tokenizer
+
+
+def load_initial(a, net: Net) -> None:
+    """The weights of --init: those its run kept. A projector or head that it lacks stays new; the encoder must fit."""
+    path = Path(a.init) / "checkpoint.pt" if Path(a.init).is_dir() else Path(a.init)
+    state = load_checkpoint(path)
+    weights, best, own = state["model"], path.with_name("best.pt"), net.state_dict()
+    if state["config"].get("select") == "dev" and best.exists():
+        weights = torch.load(best, map_location="cpu", weights_only=True)
+    fits = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    lacks = sorted({k.split(".")[0] for k in own if k not in fits})
+    if "lm" in lacks:
+        fail(f"--init {a.init}: its network has other sizes; give the flags it was trained with (--width, ...)")
+    if lacks:
+        print(f"--init {a.init} has no {', '.join(lacks)}: new")
+    net.load_state_dict({**own, **fits})
 
 
 def run(a) -> dict:
@@ -1506,13 +1524,8 @@ def run(a) -> dict:
         dist.barrier()                                               # the others find what the first one made
         tokenizer = load_tokenizer(a, out, folder)
     net = build(a, config, tokenizer, device)
-    untrained = {k: v.cpu().clone() for k, v in net.state_dict().items()}
     if a.init:
-        path = Path(a.init) / "checkpoint.pt" if Path(a.init).is_dir() else Path(a.init)
-        try:
-            net.load_state_dict(load_checkpoint(path)["model"])
-        except RuntimeError:
-            fail(f"--init {a.init}: its network has other sizes; give the flags it was trained with (--width, ...)")
+        load_initial(a, net)
     if a.eval_only:
         report = measure(net, tokenizer, tasks, dev, device)
         show_scores(report)
@@ -1535,11 +1548,15 @@ def run(a) -> dict:
     if state and state["data"] != train_set.digest():
         fail(f"--resume with other sentences: the run had {state['data']}, now there are {train_set.digest()}")
     steps = sentences // a.batch_size                                # of one epoch; the ragged rest is dropped
+    before = {k: v.cpu().clone() for k, v in net.state_dict().items()}
     stretch = None
     if dev and (a.init or a.model != "small") and importlib.util.find_spec("cka"):
         from cka import coadapted_stretch
-        stretch = coadapted_stretch(layer_map(net, tokenizer, dev, device, output=False))
-    if a.layer == ["auto"]:                                          # Section 6.1, Fig. 10
+        with suppress(ValueError):                                   # too few sentences for a map
+            stretch = coadapted_stretch(layer_map(net, tokenizer, dev, device, output=False))
+    if a.layer == ["auto"]:                                          # Section 6.1 and Fig. 10: with stop-gradient the
+        if stretch is None:                                          # first co-adapted layer, without it the last
+            fail("--layer auto: too few dev sentences for a map of the layers")
         net.targets = [stretch[0] if a.stop_grad else stretch[1]]
         print(f"--layer auto: layers {stretch[0]}-{stretch[1]} are co-adapted, so layer {net.targets[0]}")
 
@@ -1569,7 +1586,7 @@ def run(a) -> dict:
 
     report.update(measure(net, tokenizer, tasks, dev, device))
     trained = {k: v.clone() for k, v in net.state_dict().items()}
-    net.load_state_dict(untrained)
+    net.load_state_dict(before)
     report.update({f"{k}_untrained": v for k, v in measure(net, tokenizer, tasks, dev, device).items()})
     net.load_state_dict(trained)
     report.update({"script": NAME, "run": out.name, "layers_augmented": net.targets, "stretch": stretch,
@@ -1588,7 +1605,7 @@ def show_scores(report: dict) -> None:
     if not keys:
         return
     before = any(k + "_untrained" in report for k in keys)
-    print(f"\n{'Spearman x 100':24}" + (f"{'untrained':>10}{'trained':>10}" if before else ""))
+    print(f"\n{'Spearman x 100':24}" + (f"{'before':>10}{'after':>10}" if before else ""))
     for k in keys:
         label = f"average of {report['sts_tasks']} task(s)" if k == "sts" else k
         print(f"{label:24}" + (f"{report[k + '_untrained']:10.2f}" if before else "") + f"{report[k]:10.2f}")

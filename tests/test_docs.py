@@ -231,6 +231,19 @@ def test_load_python_block(workplace, monkeypatch):
     assert names["features"].shape == (8, names["config"]["dim"]) and "layer4.0.even" in names["layers"]
 
 
+def test_load_sentences_block(sentences, monkeypatch):
+    monkeypatch.chdir(sentences / "runs/base")
+    names = {}
+    exec(block("load-sentences"), names)
+    assert -1 <= names["similarity"] <= 1 and names["a"].shape == (32,)
+
+
+def test_cka_says_that_it_reads_pictures(sentences, capsys):
+    with pytest.raises(SystemExit):
+        cka.main([str(sentences / "runs/base/encoder.pt")])
+    assert "takes sentences, not pictures" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_load_cpp_block(workplace, tmp_path):
     """README's program, compiled as README says, prints the same number as Python."""

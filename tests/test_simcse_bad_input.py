@@ -337,7 +337,7 @@ def test_init_missing_corrupt_foreign_or_of_other_sizes(capsys, made):
     for name, flags, part in (("nowhere", [], "no checkpoint"), ("run", [], "no checkpoint"), ("cut.pt", [], "damaged"),
                               ("trap.pt", [], "damaged"), ("other.pt", [], "vicreg_probe"),
                               ("good.pt", ["--width", 64], "--width"), ("good.pt", ["--depth", 3], "--"),
-                              ("good.pt", ["--pooler", "cls"], "--"), ("good.pt", ["--vocab-size", 200], "--")):
+                              ("good.pt", ["--vocab-size", 200], "--")):
         line = refused(capsys, [*SMALL, *TEXT, "--init", name, *flags])
         assert part in line and name.removesuffix(".pt") in line
     assert not Path("sprung").exists()

@@ -8,6 +8,8 @@
 #   bash tests/gpu/lease.sh train100 4         # ... Deep Augmentation at layer 4 ...
 #   bash tests/gpu/lease.sh train100 6         # ... and at layer 6; several layers may stand in one command
 #   bash tests/gpu/lease.sh compare            # table and figure of the CIFAR-100 runs
+#   bash tests/gpu/lease.sh text none 8 10w    # simcse_deepaug.py: its benches, then a 12-layer BERT of width 256 from
+#                                              # scratch with MLM; 8: with stop-gradient, 10w: without
 #
 # Sections may be joined: `lease.sh parts tests bench`. A section runs under `timeout`: a training run that meets its
 # limit saves, and the same command goes on where it stopped. What to keep is put into $OUT (default runs/lease): a log
@@ -29,6 +31,8 @@
 #       rm -rf lease-data/*; mkdir -p lease-data/cifar-100
 #       cp ../shared/data/cifar-100/train-1.zip lease-data/cifar-100/
 #   call 4, 5: lease.sh train100 4, then 6     nothing to carry
+#   text:      lease.sh text none 8 10w        18 MB
+#       rm -rf lease-data/*; cp -r ../shared/data/{unpack.py,sts,text} lease-data/
 # Where ../shared/data is (as here), the parts are read from there.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
@@ -102,12 +106,30 @@ section_train100() {  # section_train100 LAYER...
     done
 }
 
+section_text() {  # section_text LAYER...; a "w" behind it: without stop-gradient
+    [ -d data/text ] || { unpack sts && unpack text; } || return
+    run 120 simcse_step "$PYTHON" tests/bench/bench_simcse_step.py --device "$DEVICE" ${QUICK:+--quick}
+    run 120 sts "$PYTHON" tests/bench/bench_sts.py --device "$DEVICE" ${QUICK:+--quick}
+    local small=${QUICK:+--width 32 --train-file data/text/wiki1m_first11914.txt}
+    for layer in "$@"; do
+        local stop=--stop-grad
+        [ "$layer" = "${layer%w}" ] || stop=--no-stop-grad
+        # shellcheck disable=SC2086
+        run "${LIMIT:-520}" "text-$layer" "$PYTHON" simcse_deepaug.py --train-file data/text/books_500k.txt \
+            --sts-dir data/SentEval/data/downstream --width 256 --batch-size 256 --epochs 1 --lr 1e-3 \
+            --seed "${SEED:-0}" --device "$DEVICE" --layer "${layer%w}" $stop --out "$RUN-text-$layer" --resume \
+            $small $EXTRA
+        (cd "$RUN-text-$layer" && find . -maxdepth 1 \( -name '*.json' -o -name '*.csv' -o -name '*.png' \) -print0 |
+            tar czf - --null -T -) > "$OUT/text-$layer.tgz"
+    done
+}
+
 section_compare() {
     run 60 compare "$PYTHON" simclr_deepaug.py --compare "$RUN"-cifar100-*
     cp runs/compare.png "$OUT/"
 }
 
-usage="usage: lease.sh {parts|tests|bench|train10|train100 [LAYER...]|compare}..."
+usage="usage: lease.sh {parts|tests|bench|train10|train100 [LAYER...]|text [LAYER...]|compare}..."
 [ $# -gt 0 ] || { echo "$usage"; exit 2; }
 take_parts
 while [ $# -gt 0 ]; do
@@ -120,6 +142,11 @@ while [ $# -gt 0 ]; do
             while [ $# -gt 0 ] && [[ $1 =~ ^(none|all|-?[0-9])$ ]]; do layers+=("$1"); shift; done
             [ ${#layers[@]} -gt 0 ] || layers=(none 4 6)
             section_train100 "${layers[@]}" ;;
+        text)
+            layers=()
+            while [ $# -gt 0 ] && [[ $1 =~ ^(none|all|[0-9]+w?)$ ]]; do layers+=("$1"); shift; done
+            [ ${#layers[@]} -gt 0 ] || layers=(none 8 10w)
+            section_text "${layers[@]}" ;;
         *) echo "$usage"; exit 2 ;;
     esac
 done
