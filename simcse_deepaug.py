@@ -38,7 +38,7 @@ What to expect
     EXPECT
 
 Deviations from the papers and their code
-    1. Batches are bucketed by length: 100 batches are drawn at random, sorted by length and cut anew (SimCSE: random
+    1. Batches are bucketed by length: 10 batches are drawn at random, sorted by length and cut anew (SimCSE: random
        batches, which all reach 32 tokens). A sentence still meets any other one of its length.
     2. The last, ragged batch of an epoch is dropped, so that every loss has as many negatives.
     3. The small BERT is pooled by the mean of its tokens: at random weights its [CLS] says next to nothing of the
@@ -56,6 +56,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import linecache
 import logging
 import math
 import mmap
@@ -90,7 +91,9 @@ from tqdm import tqdm
 
 NAME = "simcse_deepaug"
 SOURCE = Path(__file__).read_text(encoding="utf-8")                 # goes into every checkpoint
-POOL = 100                                                           # batches that are sorted by length together
+POOL = 10                                                            # batches that are sorted by length together
+linecache.cache[__file__] = len(SOURCE), None, SOURCE.splitlines(True), __file__    # TorchScript reads it at the end of
+#                                                                      a run, when the file may have been edited
 
 # ----------------------------------------------------------------------------------------------------------------
 # 1 Settings
@@ -160,7 +163,7 @@ def settings(argv=None) -> argparse.Namespace:
     g.add_argument("--mlm-probability", type=float, default=0.15, help="share of the tokens to predict")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=["default", "paper"], default="default", help=f"paper: {PAPER}")
-    g.add_argument("--epochs", type=int, default=2)
+    g.add_argument("--epochs", type=int, default=1)
     g.add_argument("--batch-size", type=int, default=64, help="sentences a step, two views each, over all processes")
     g.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW; falls linearly to 0")
     g.add_argument("--weight-decay", type=float, default=0.0)
@@ -281,16 +284,17 @@ class Grammar:
     """The default corpus: sentences about who did what to what, where and when, and pairs of them scored 0 to 5.
 
     A meaning is five concepts of three words each, told in one of eight word orders. Concepts go together as the rows
-    of SCENES do: the doctor's deed is his row's or a neighbour's, and so on. So a word's company tells its concept:
-    nothing else says that "physician" and "medic" are one. Two in nine (who, did, what) combinations are kept
-    out of training, for testing. A pair's score is the number of concepts shared: 0 unrelated, 5 the same.
+    of SCENES do: what the doctor does comes from his row or one of its four neighbours, and so on. So a word's company
+    tells its concept; nothing else says that "physician" and "medic" are one. 24 % of the (who, did, what)
+    combinations are kept out of training, for testing. A pair's score is the number of concepts shared: 0 unrelated,
+    5 the same.
     """
     def __init__(self, seed: int):
         scenes = [[words.split(",") for words in row.split(" / ")] for row in SCENES.strip().splitlines()]
         times = [words.split(",") for words in TIMES.replace("\n", " / ").split(" / ")]
-        self.words, self.seed, near = [*zip(*scenes), times], seed, np.array([-1, 0, 1])
+        self.words, self.seed, near = [*zip(*scenes), times], seed, np.arange(-2, 3)
         grid = np.stack(np.meshgrid(np.arange(16), near, near, near, near, indexing="ij"), -1).reshape(-1, 5)
-        grid = grid.cumsum(1) % 16                                   # each concept's row: the one before's -1, 0 or +1
+        grid = grid.cumsum(1) % 16                                   # a concept's row: the one before's -2 ... +2
         grid[:, 4] //= 2                                             # there are only eight times
         grid = np.unique(grid, axis=0)
         held_out = (grid[:, 0] + 2 * grid[:, 1] + grid[:, 2]) % 4 == 1    # any two of the three still meet in training
@@ -1130,10 +1134,11 @@ def train(a, net: Net, train_set: Sentences, offset: int, scores: Tensor | None,
 
 
 @torch.no_grad()
-def encode(net: Net, tokenizer, sentences: list, device, tokens_a_batch: int = 8192) -> Tensor:
+def encode(net: Net, tokenizer, sentences: list, device, tokens_a_batch: int = 0) -> Tensor:
     """Embeddings float32 [n, dim] in eval mode. Each distinct sentence is encoded once; those of similar length
     together, so there is next to no padding; not truncated but to the longest that the network takes."""
     net.eval()
+    tokens_a_batch = tokens_a_batch or (8192 if device.type == "cuda" else 2048)    # a CPU's caches hold fewer
     place = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
     data = in_memory(tokenizer, list(place), net.longest)
     order = np.argsort(-data.lengths, kind="stable")                 # longest first: memory peaks at once
