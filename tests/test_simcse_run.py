@@ -889,3 +889,76 @@ def test_a_huge_line_is_cut_to_max_length(data, monkeypatch, tmp_path):
     starts = S.np.load(next((tmp_path / "text").glob("tokens-*/starts.npy")))
     lengths = (starts[1:] - starts[:-1]).tolist()
     assert len(lengths) == 302 and lengths[300:] == [32, 3] and math.isfinite(report["loss"])
+
+
+# --- downloads, without a network ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """huggingface.co as a folder: what the script asks of huggingface_hub is copied from there, sizes told by it."""
+    import tarfile
+    import types
+
+    import huggingface_hub
+    there = tmp_path / "hub"
+    write_sts(there / "any/downstream")
+    (there / "any/downstream/MR").mkdir()
+    (there / "any/downstream/MR/mr.txt").write_text("another task\n")
+    write_text(there / "wiki1m_for_simcse.txt")
+    with tarfile.open(there / "senteval.tar", "w") as tar:
+        tar.add(there / "any", "any")
+    sizes = {f: (there / f).stat().st_size for f in ("wiki1m_for_simcse.txt", "senteval.tar")}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repo_id, filename, repo_type: filename)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: types.SimpleNamespace(size=sizes[url]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+
+    def get(repo_id, filename, repo_type, local_dir):
+        Path(local_dir).mkdir(exist_ok=True)
+        return shutil.copy(there / filename, local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", get)
+    return sizes
+
+
+def test_download_puts_things_where_the_papers_preset_looks(hub, capsys):
+    """The text and the tasks, and of the archive only the tasks that are scored."""
+    where = S.main(["--download"])
+    a = S.settings(["--preset", "paper"])
+    assert Path(a.train_file).read_text() == Path(where["wiki1m_for_simcse.txt"]).read_text()
+    tasks, pairs = S.load_sts(Path(a.sts_dir))
+    assert list(tasks) == TASKS and set(pairs) == {"dev", "train"}
+    assert sorted(p.name for p in Path(a.sts_dir).iterdir()) == ["SICK", "STS"]
+    assert "wiki1m_for_simcse.txt: data/wiki1m_for_simcse.txt" in capsys.readouterr().out
+
+
+def test_a_truncated_download_is_refused(hub, capsys):
+    hub["senteval.tar"] += 1
+    with pytest.raises(SystemExit) as stopped:
+        S.main(["--download"])
+    assert stopped.value.code == 2 and "senteval.tar has" in capsys.readouterr().err
+
+
+def test_no_network_is_one_line(hub, monkeypatch, capsys):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **_: open("no/route"))
+    with pytest.raises(SystemExit) as stopped:
+        S.main(["--download"])
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_editing_the_script_during_a_run_does_not_break_its_export(tmp_path, live):
+    """TorchScript reads the source of Encoder at the end of a run; it must be the source that is running."""
+    import importlib.util
+    path = tmp_path / "edited.py"
+    shutil.copy(S.__file__, path)
+    spec = importlib.util.spec_from_file_location("edited", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    path.write_text("# a line\n# and another\n" + path.read_text())
+    ids, mask = S.random_sentences(live, 2, 5, False)
+    with torch.no_grad():
+        traced = torch.jit.trace_module(S.Traced(live).eval(), {"forward": (ids, mask), "activations": (ids, mask)},
+                                        check_trace=False)
+        assert torch.equal(torch.jit.script(module.Encoder(traced, 512))(ids, mask), live(ids, mask))
