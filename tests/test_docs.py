@@ -268,7 +268,7 @@ def test_every_flag_is_explained():
             assert flag in text, f"{page}: {flag}"
 
 
-@pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "a"),
+@pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "dropout20"),
                                               ("simcse_deepaug", "sentences", "base")])
 def test_every_logged_number_is_explained(page, place, run, request):
     """Every logged column, reported key and written file stands in the script's page."""

@@ -500,13 +500,13 @@ def test_batches_of_a_pool_are_its_sentences_sorted_by_length_and_shuffled():
 
 
 def test_batches_are_nearly_of_one_length_yet_random():
-    """Real tokens among those computed: near all, against 57 % of random batches. Two sentences of one length share a
+    """Real tokens among those computed: over 90 %, against 57 % of random batches. Two sentences of one length share a
     batch in some epochs only, and a sentence's batch comes at any time of the epoch."""
     lengths, size = some_lengths(8000), 16
 
     def share(order):
         return lengths[order].sum() / (lengths[order].max(1) * size).sum()
-    assert share(S.epoch_order(lengths, size, 0, 0)) > 0.97
+    assert share(S.epoch_order(lengths, size, 0, 0)) > 0.9
     assert share(S.epoch_order(lengths, size, 0, 0, pool=1)) < 0.65
     company, when = [], []
     for epoch in range(40):
