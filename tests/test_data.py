@@ -391,3 +391,47 @@ def test_copied_data_can_be_removed_while_it_is_in_memory(folder):
     shutil.rmtree(root)
     assert len(next(S.train_batches(train, a, CPU, 0, 5, 0, 1))[0]) == 4
     assert len(next(S.eval_batches(test, a, CPU))[0]) == 3
+
+
+# --- Food-101's layout ------------------------------------------------------------------------------------------------
+
+def food(root, sizes=((20, 20),)):
+    """DIR/images/CLASS/*.jpg and the lists, class by class: of each class 12 to train, 4 to test, 2 in no list."""
+    lists = {"train": [], "test": []}
+    for c, name in enumerate(("apple_pie", "baby_back_ribs", "ceviche")):
+        for i in range(18):
+            save(root / "images" / name / f"{1000 * c + i}.jpg", *sizes[i % len(sizes)], seed=100 * c + i)
+            if i < 16:
+                lists["test" if i % 4 == 0 else "train"].append(f"{name}/{1000 * c + i}")
+    (root / "meta").mkdir()
+    for split, lines in lists.items():
+        (root / "meta" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return lists
+
+
+def test_food101_split_and_labels_are_as_the_lists_say(tmp_path):
+    """Each list's pictures with the class in their line; those in no list are in no split; classes come mixed."""
+    lists = food(tmp_path)
+    train, test, classes = S.load_folder(flags(tmp_path), CPU)
+    assert classes == ["apple_pie", "baby_back_ribs", "ceviche"]
+    for split, part in (("train", train), ("test", test)):
+        names = [f"{f.parent.name}/{f.stem}" for f in part.files]
+        assert sorted(names) == sorted(lists[split]) and names != lists[split]
+        assert [classes[y] for y in part.labels] == [n.split("/")[0] for n in names]
+        for picture, name in zip(part.images, names):
+            file = Image.open(tmp_path / "images" / f"{name}.jpg")
+            assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.asarray(file.convert("RGB")))
+    assert (len(train), len(test)) == (36, 12) and len(set(train.labels[:12].tolist())) == 3
+
+
+def test_food101_of_different_sizes_is_streamed_and_a_missing_file_is_named(tmp_path, capfd):
+    lists = food(tmp_path, ((20, 20), (24, 20)))
+    (tmp_path / "images" / f"{lists['test'][5]}.jpg").unlink()
+    a = flags(tmp_path, "--image-size", 8)
+    train, test, classes = S.load_folder(a, CPU)
+    assert train.images is None and (len(train), len(test)) == (36, 12)
+    x, index = (torch.cat(parts) for parts in zip(*S.eval_batches(test, a, CPU)))
+    names = [f"{test.files[i].parent.name}/{test.files[i].stem}" for i in index]
+    assert x.shape == (11, 3, 8, 8) and sorted(names) == sorted({*lists["test"]} - {lists["test"][5]})
+    assert [classes[y] for y in test.labels[index]] == [n.split("/")[0] for n in names]
+    assert capfd.readouterr().out.count(f"{lists['test'][5]}.jpg") == 1 and len(test.broken) == 1

@@ -14,6 +14,7 @@ from torch import nn
 import cka
 import simclr_deepaug as S
 import simcse_deepaug as T
+import vicreg_probe as V
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
@@ -32,7 +33,7 @@ def commands():
         lines += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
         for line in lines:
             found.setdefault(line.split("#")[0].strip(), page.name)
-    for script in ("simclr_deepaug.py", "simcse_deepaug.py", "cka.py"):
+    for script in ("simclr_deepaug.py", "simcse_deepaug.py", "vicreg_probe.py", "cka.py"):
         for line in re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / script).read_text(), re.M):
             found.setdefault(line.split("#")[0].strip(), script)
     return {c: page for c, page in found.items() if c and "…" not in c}
@@ -121,6 +122,46 @@ def test_simcse_command(command, sentences, monkeypatch, capsys):
     assert "Spearman" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory, few):
+    """A folder with the runs of vicreg_probe.py that documented commands start from."""
+    here = tmp_path_factory.mktemp("probed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        V.main([*SMALL, "--data-dir", str(few), *PROBED, "--target-epochs", "1", "--mine-steps", "2",
+                "--target-net", "RES-1-8", "--out", "runs/a"])
+    shutil.copytree(here / "runs/a", here / "runs/b")
+    return here
+
+
+PROBED = ["--arch", "RES-1-8", "--projector", "8", "8", "--sample-level", "4", "4", "2", "--target-stages", "2"]
+
+
+@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python vicreg_probe.py")))
+def test_vicreg_command(command, probed, few, monkeypatch, capsys):
+    words = shlex.split(command)[2:]
+    V.settings(words)                                                # as written: every flag exists, nothing refused
+    monkeypatch.chdir(probed)
+    if "--figures" in words:
+        assert len(V.main(words)) == 3
+        return
+    monkeypatch.setattr(V, "draw_run", lambda folder: None)          # takes longer than all the rest of a small run
+    if "--encoder" in words:
+        assert "linear" in V.main(words + [*SMALL[:4], "--data-dir", str(few), "--sample-level", "4", "4", "2",
+                                           "--mine-steps", "2", "--target-net", "none"])
+        return
+    if "--target-net" in words:
+        return                                                       # the large target networks take too long here
+    layer = ["--layer", "1"] if "3" in words else []                 # the small network has one block
+    words = without(words, DROPPED) + SMALL + PROBED + layer + ["--data-dir", str(few), "--mine-steps", "2"]
+    words += ["--target-net", "none"]
+    if "--seeds" in words:
+        words = without(words, {"--seeds"}) + ["--seeds", "0", "1"]
+    out = [] if "--out" in words or "--resume" in words else ["--out", "runs/this"]
+    assert "linear" in V.main(words + out)
+    assert "nearest class centre" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python cka.py") and "RUN" not in c))
 def test_cka_command(command, workplace, few, real_data_or_none, monkeypatch):
     words = shlex.split(command)[2:]
@@ -147,12 +188,13 @@ def test_bench_command(command):
 def test_torchrun_command(command):
     """The flags are right; tests/test_distributed.py runs two processes for real."""
     words = shlex.split(command)
-    [i] = [i for i, word in enumerate(words) if word.endswith("_deepaug.py")]
-    (S if words[i].startswith("simclr") else T).settings(words[i + 1:])
+    [i] = [i for i, word in enumerate(words) if word.endswith(".py")]
+    {"simclr_deepaug.py": S, "simcse_deepaug.py": T, "vicreg_probe.py": V}[words[i]].settings(words[i + 1:])
 
 
 def test_no_other_kind_of_command():
-    other = [c for c in commands() if not re.match(r"python (sim\w+_deepaug|cka|tests/bench/\w+)\.py|torchrun ", c)]
+    known = r"python (sim\w+_deepaug|vicreg_probe|cka|tests/bench/\w+)\.py|torchrun "
+    other = [c for c in commands() if not re.match(known, c)]
     install = "pip install -r requirements.txt && "
     assert set(other) <= {install + "python simclr_deepaug.py", install + "pytest",
                           "python ../shared/data/unpack.py --to data"} | {c for c in other if "tests/gpu/" in c}
@@ -260,7 +302,7 @@ def test_load_cpp_block(workplace, tmp_path):
 
 def test_every_flag_is_explained():
     """Every script's page names every flag."""
-    for page, parser_help in (("simclr_deepaug", S), ("simcse_deepaug", T), ("cka", cka)):
+    for page, parser_help in (("simclr_deepaug", S), ("simcse_deepaug", T), ("vicreg_probe", V), ("cka", cka)):
         text = (ROOT / f"docs/{page}.md").read_text()
         done = subprocess.run([sys.executable, ROOT / f"{parser_help.__name__}.py", "--help"], capture_output=True,
                               text=True)
@@ -269,13 +311,13 @@ def test_every_flag_is_explained():
 
 
 @pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "dropout20"),
-                                              ("simcse_deepaug", "sentences", "base")])
+                                              ("simcse_deepaug", "sentences", "base"), ("vicreg_probe", "probed", "a")])
 def test_every_logged_number_is_explained(page, place, run, request):
     """Every logged column, reported key and written file stands in the script's page."""
     text = (ROOT / f"docs/{page}.md").read_text()
     folder = request.getfixturevalue(place) / "runs" / run
     report = json.loads((folder / "report.json").read_text())
-    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    columns = [column for table in folder.glob("*.csv") for column in table.read_text().splitlines()[0].split(",")]
     for key in [*columns, *report]:
         base = key.removesuffix("_untrained")
         base = re.sub(r"_(train|test)$", "", base)

@@ -10,6 +10,8 @@
 #   bash tests/gpu/lease.sh compare            # table and figure of the CIFAR-100 runs
 #   bash tests/gpu/lease.sh text none 8 10w    # simcse_deepaug.py: its benches, then a 12-layer BERT of width 256 from
 #                                              # scratch with MLM; 8: with stop-gradient, 10w: without
+#   bash tests/gpu/lease.sh probe vicreg       # vicreg_probe.py: its bench, then RES-5-250 on CIFAR-100, 200 epochs, probes
+#   bash tests/gpu/lease.sh probe simclr       # the same with SimCLR's loss; both go on where a call's limit stopped them
 #
 # Sections may be joined: `lease.sh parts tests bench`. A section runs under `timeout`: a training run that meets its
 # limit saves, and the same command goes on where it stopped. What to keep is put into $OUT (default runs/lease): a log
@@ -33,6 +35,7 @@
 #   call 4, 5: lease.sh train100 4, then 6     nothing to carry
 #   text:      lease.sh text none 8 10w        18 MB
 #       rm -rf lease-data/*; cp -r ../shared/data/{unpack.py,sts,text} lease-data/
+#   probe:     as calls 2 and 3 for CIFAR-100, then lease.sh probe vicreg, probe simclr
 # Where ../shared/data is (as here), the parts are read from there.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
@@ -124,12 +127,29 @@ section_text() {  # section_text LAYER...; a "w" behind it: without stop-gradien
     done
 }
 
+section_probe() {  # section_probe OBJECTIVE...
+    [ -f data/cifar-100-python/train ] || unpack cifar-100 || return
+    run 120 probes "$PYTHON" tests/bench/bench_probes.py --device "$DEVICE" --part table ${QUICK:+--quick}
+    local small=${QUICK:+--arch RES-1-16 --projector 32 32 --epochs 1 --sample-level 20 10 5 --target-net none}
+    for objective in "$@"; do
+        local lr=0.1
+        [ "$objective" = vicreg ] || lr=0.5
+        # shellcheck disable=SC2086
+        run "${LIMIT:-520}" "probe-$objective" "$PYTHON" vicreg_probe.py --preset paper --epochs "${EPOCHS:-200}" \
+            --lr $lr --weight-decay 1e-4 --warmup-epochs 10 --probe-epochs 0 1 5 20 40 100 --data-dir data \
+            --objective "$objective" --seed "${SEED:-0}" --device "$DEVICE" --log-every 50 --mine-steps 1000 \
+            --out "$RUN-probe-$objective" --resume $small $EXTRA
+        (cd "$RUN-probe-$objective" && find . -maxdepth 1 \( -name '*.json' -o -name '*.csv' -o -name '*.png' \) \
+            -print0 | tar czf - --null -T -) > "$OUT/probe-$objective.tgz"
+    done
+}
+
 section_compare() {
     run 60 compare "$PYTHON" simclr_deepaug.py --compare "$RUN"-cifar100-*
     cp runs/compare.png "$OUT/"
 }
 
-usage="usage: lease.sh {parts|tests|bench|train10|train100 [LAYER...]|text [LAYER...]|compare}..."
+usage="usage: lease.sh {parts|tests|bench|train10|train100 [LAYER...]|text [LAYER...]|probe [LOSS...]|compare}..."
 [ $# -gt 0 ] || { echo "$usage"; exit 2; }
 take_parts
 while [ $# -gt 0 ]; do
@@ -147,6 +167,11 @@ while [ $# -gt 0 ]; do
             while [ $# -gt 0 ] && [[ $1 =~ ^(none|all|[0-9]+w?)$ ]]; do layers+=("$1"); shift; done
             [ ${#layers[@]} -gt 0 ] || layers=(none 8 10w)
             section_text "${layers[@]}" ;;
+        probe)
+            losses=()
+            while [ $# -gt 0 ] && [[ $1 =~ ^(vicreg|simclr)$ ]]; do losses+=("$1"); shift; done
+            [ ${#losses[@]} -gt 0 ] || losses=(vicreg simclr)
+            section_probe "${losses[@]}" ;;
         *) echo "$usage"; exit 2 ;;
     esac
 done
