@@ -44,7 +44,7 @@ Deviations from the papers and their code, and what they leave open
     2. A layer's features are its maps averaged over places (--pool); the paper does not say. Layers are the stem and
        the blocks; the average pool is the last block's average, the head (projector) is not probed.
     3. NCC is the paper's formula on plain features; the authors' earlier code (SSL_ablation) normalises them.
-    4. The SVM: LinearSVC's objective, its bias penalised too, by at most 60 steps of L-BFGS (ten usually do).
+    4. The SVM: LinearSVC's objective, its bias penalised too, by L-BFGS (see fit_svm).
     5. Random targets: the logits are standardised before the largest is taken (see random_targets).
     6. Projector 2048-2048 and 30 epochs for the target network are ours (--preset paper): the paper gives neither.
     7. AutoAugment's draws are shared by eight pictures each (torchvision's policies take a batch as one picture), and
@@ -1161,7 +1161,8 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, probe_after,
                 paused = time.time()
                 probe_after(step // steps, stop)
                 probing += time.time() - paused
-                logged += time.time() - paused                       # probing is no part of the speed
+                logged += time.time() - paused                       # probing is no part of the speed,
+                bar.unpause()                                        # nor of the time that is left
             if leave:
                 break
             net.train()
@@ -1234,14 +1235,14 @@ def layer_features(activations, names: list, batches, pool: str) -> tuple[dict, 
     return {name: torch.cat(kept.pop(name)) for name in names}, torch.cat(indices)
 
 
-def fit_svm(x: Tensor, y: Tensor, classes: int, c: float = 1.0, iterations: int = 60) -> Tensor:
+def fit_svm(x: Tensor, y: Tensor, classes: int, c: float = 1.0, iterations: int = 300) -> Tensor:
     """Linear SVMs, one against the rest, for all classes at once -> weights [D+1, classes], the last row is the bias.
 
     x [N, D], y int64 [N]. The objective of LIBLINEAR, and so of scikit-learn's LinearSVC with its defaults: every class
     minimises |w|^2/2 + c * sum over pictures of max(0, 1 - s <w, (x, 1)>)^2, s = 1 for its own pictures and -1 for the
     others; the bias is a weight like the others. Full-batch L-BFGS with the gradient written by hand, in coordinates
     v = L' w (times a constant), L L' = I + 2c X'X: were all pictures within the margin, the Hessian would be the
-    identity there. So some ten steps do, whatever the scales of the features.
+    identity there. So ten to a hundred steps do, whatever the scales of the features.
     """
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)                                          # [N, D+1]
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)

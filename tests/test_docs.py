@@ -74,6 +74,7 @@ def test_simclr_command(command, workplace, few, monkeypatch, capsys):
     if "--compare" in words:
         assert S.main(["--compare", *map(str, sorted(workplace.glob("runs/*")))])
         return
+    monkeypatch.setattr(S, "draw_figures", lambda *_: None)          # takes longer than all the rest of a small run
     words = without(words, DROPPED) + SMALL + ["--arch", "small", "--data-dir", str(few)]
     if "--seeds" in words:
         words = without(words, {"--seeds"}) + ["--seeds", "0", "1"]
@@ -111,6 +112,7 @@ def test_simcse_command(command, sentences, monkeypatch, capsys):
     if "--compare" in words:
         assert T.main(["--compare", *map(str, sorted(sentences.glob("runs/*")))])
         return
+    monkeypatch.setattr(T, "draw_figures", lambda *_: None)
     words = without(words, {"--train-file", "--sts-dir", "--batch-size", "--epochs"}) + [
         "--train-file", "lines.txt", "--sts-dir", "DIR", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
     if "--preset" in words:
@@ -145,7 +147,7 @@ def test_vicreg_command(command, probed, few, monkeypatch, capsys):
     if "--figures" in words:
         assert len(V.main(words)) == 3
         return
-    monkeypatch.setattr(V, "draw_run", lambda folder: None)          # takes longer than all the rest of a small run
+    monkeypatch.setattr(V, "draw_run", lambda folder: None)
     if "--encoder" in words:
         assert "linear" in V.main(words + [*SMALL[:4], "--data-dir", str(few), "--sample-level", "4", "4", "2",
                                            "--mine-steps", "2", "--target-net", "none"])
