@@ -37,7 +37,11 @@ Commands
     torchrun --nproc_per_node=4 vicreg_probe.py --preset paper           # several GPUs, the same training
 
 What to expect
-    EXPECT
+    The default run takes under three minutes on two CPU cores. A linear SVM on the last block goes from 18.2 ± 2.6
+    (untrained) to 70.4 ± 2.2 % for 20 drawn classes, from 31.4 ± 1.0 to 70.7 ± 1.6 % for samples (100 pictures), from
+    46.0 ± 8.3 to 92.5 ± 0.8 % for 5 superclasses (three seeds). CIFAR-100, RES-5-32, 30 epochs, 45 minutes on one core:
+    NCC of samples 8.6 -> 78.0 % by epoch 8 -> 84.6 %, of classes 4.6 -> 15.4 -> 18.7 %; linear probe 13.7 -> 28.8 %.
+    docs/results.md says of each of the paper's statements whether that run shows it.
 
 Deviations from the papers and their code, and what they leave open
     1. The loss is main_vicreg.py's: s averages over dimensions too, and v is halved over the two views (c is not).
@@ -188,7 +192,7 @@ def settings(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("probes and export")
     g.add_argument("--encoder", metavar="FILE", help="train nothing: probe this encoder.pt, of any of the scripts")
     g.add_argument("--figures", nargs="+", metavar="RUN", help="only draw these runs again from their recorded numbers")
-    g.add_argument("--probe-epochs", type=int, nargs="+", default=[0, 1, 3, 8, 20], metavar="E",
+    g.add_argument("--probe-epochs", type=int, nargs="+", default=[0, 2, 6, 20], metavar="E",
                    help="epochs to probe after; 0 and the last one always are")
     g.add_argument("--probes", nargs="+", choices=["svm", "logistic", "ncc"], default=["svm", "ncc"],
                    help="what is measured at every layer; ncc: with CDNV, class variance and distance")
@@ -1525,12 +1529,12 @@ class Probes:
             images = torch.cat([images for images, _ in eval_batches(some, a, device)])
             self.samples = (images * 255).round().to(torch.uint8)
 
-    def add_random_targets(self, folder: Path) -> None:
-        """Those kept in `folder` if they are there, else make and keep them."""
+    def add_random_targets(self, folder: Path, resumed: bool) -> None:
+        """Make them and keep them in `folder`; a resumed run takes those that it kept."""
         if self.train_split.labels is None or self.a.target_net == "none":
             return
         path = folder / "targets.npz"
-        if not path.exists():
+        if not (resumed and path.exists()):
             arch = "RES-2-24" if self.a.target_net == "auto" else self.a.target_net
             targets = random_targets(self.a, arch, self.train_split, self.test_split, self.classes, self.device)
             with written_whole(path) as part, open(part, "wb") as f:
@@ -1997,7 +2001,7 @@ def probe_encoder(a, device) -> dict:
     probes = Probes(a, train_split, test_split, classes, device)
     out = Path(a.out or path.parent / "probes")
     new_folder(out)
-    probes.add_random_targets(out)
+    probes.add_random_targets(out, False)
     kept = "avgpool" if "avgpool" in names else names[-1]            # what is called the representation
     save_json(out / "config.json", {**vars(a), "representation": kept, "encoder_config": config})
     rows, bits, _ = probes.run(activations, names, kept, 0, True)
@@ -2057,9 +2061,8 @@ def run(a) -> dict:
             "processes": world, "representation": names[-1],
             "script_sha256": hashlib.sha256(SOURCE.encode()).hexdigest()})
         print(f"{out}: {len(train_split)} pictures, {steps} steps an epoch, augmented layers {a.targets or 'none'}")
-        probes.add_random_targets(out)
-    rows, information = load_csv(out / "probes.csv") if a.resume else [], \
-        load_csv(out / "information.csv") if a.resume else []
+        probes.add_random_targets(out, state is not None)
+    rows, information = [load_csv(out / f"{name}.csv") if state else [] for name in ("probes", "information")]
 
     def probe_after(epoch, stop):
         """Probe if this epoch is one to probe after and was not probed before an interruption."""

@@ -136,7 +136,7 @@ PARTS = {"layer_features": "features, one pass each split", "fit_svm": "SVM", "c
 
 
 def table(args, device):
-    a, train, test, classes = load(args, device, 100, "--arch", args.arch, "--sample-level", *args.samples)
+    a, train, test, classes = load(args, device, 100, "--arch", args.arch, "--sample-level", *args.sample_level)
     probes, net = P.Probes(a, train, test, classes, device), P.build(a, 32, classes, device).eval()
     names, spent = [n for n in net.numbered() if n not in ("avgpool", "head")], {name: [] for name in PARTS}
     print(f"\nProbes.run: {len(names)} layers of {args.arch}, {len(train)} + {len(test)} pictures ({a.dataset}), "

@@ -35,8 +35,8 @@ def split_of(n, device=CUDA):
 
 def flags_of(few, out, *more):
     return ["--dataset", "folder", "--data-dir", str(few), "--workers", "0", "--device", "cuda", *SMALL,
-            "--sample-level", "6", "4", "2", "--target-net", "RES-1-8", "--target-epochs", "2", "--target-stages", "3", "--mine-steps",
-            "5", "--epochs", "2", "--out", str(out), *more]
+            "--sample-level", "6", "4", "2", "--target-net", "RES-1-8", "--target-epochs", "2", "--target-stages", "3",
+            "--mine-steps", "5", "--epochs", "2", "--out", str(out), *more]
 
 
 # ---- training
