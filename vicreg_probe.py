@@ -1207,7 +1207,7 @@ def train(a, net: Net, split: Split, out: Path, device, steps: int, probe_after,
                         save()
                     logged = saved = time.time()                     # nor is saving
     bar.close()
-    if step < total:
+    if stop or step < total:
         raise Interrupted(stop[0] if stop else signal.SIGTERM)
     report = {"seconds": spent + time.time() - begun - probing, "steps": step, "epochs": a.epochs,
               "loss": log[-1]["loss"], "images_per_second": statistics.median(r["images_per_second"] for r in log)}
@@ -1934,9 +1934,9 @@ def load_encoder(path: Path, device) -> tuple:
         fail(f"--encoder {path} is damaged or no exported encoder (TorchScript)")
     if config.get("script") == "simcse_deepaug":
         fail(f"--encoder {path} takes sentences, not pictures: simcse_deepaug.py scores it")
-    if not hasattr(model, "activations") or "layers" not in config:
-        fail(f"--encoder {path} has no activations(images), or no config.json that names its layers: export it with "
-             "one of these scripts")
+    if not hasattr(model, "activations") or not set(config) >= {"layers", "image_size"}:
+        fail(f"--encoder {path} has no activations(images), or no config.json with its layers and image_size: export "
+             "it with one of these scripts")
     return lambda images: dict(zip(config["layers"], model.activations(images))), config
 
 
@@ -1988,7 +1988,9 @@ def probe_encoder(a, device) -> dict:
     path = Path(a.encoder)
     activations, config = load_encoder(path, device)
     if not a.dataset:
-        a.dataset = config["dataset"]
+        a.dataset = config.get("dataset")
+        if a.dataset not in ("shapes", "cifar10", "cifar100", "folder"):
+            fail(f"--encoder {path} does not say what it was trained on: add --dataset")
         if a.dataset == "folder" and a.data_dir == "data":
             a.data_dir = config["flags"]["data_dir"]
     a.image_size = config["image_size"]
@@ -1999,6 +2001,7 @@ def probe_encoder(a, device) -> dict:
             fail(f"--probe-layers {' '.join(a.probe_layers)}: {path} has {', '.join(config['layers'])}")
     train_split, test_split, classes = load_data(a.dataset, a, device)
     probes = Probes(a, train_split, test_split, classes, device)
+    probes.groups(activations, names)                                # refuses what does not fit, before anything else
     out = Path(a.out or path.parent / "probes")
     new_folder(out)
     probes.add_random_targets(out, False)
@@ -2051,6 +2054,7 @@ def run(a) -> dict:
     names = [n for n in net.numbered() if (n.removesuffix(".even") in a.probe_layers if a.probe_layers
                                            else n not in ("avgpool", "head"))]
 
+    probes.groups(net.eval().activations, names)                     # refuses what does not fit, before anything else
     if chief and not a.resume:
         new_folder(out)
     if chief:
