@@ -2136,7 +2136,7 @@ def main(argv=None) -> dict:
                 print(f"{k:18} {pm(table[k])}  over seeds {a.seeds}")
         return table
     except Interrupted as stopped:
-        go_on = shlex.join([w for w in words if w != "--resume"] + ["--resume"])
+        go_on = shlex.join([w for w in words if w != "--resume"] + ([] if a.encoder else ["--resume"]))
         python = f"torchrun --nproc_per_node={dist.get_world_size()}" if dist.is_initialized() else "python"
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"\nstopped; nothing is lost. To go on:\n{python} {shlex.quote(os.path.relpath(__file__))} {go_on}")
