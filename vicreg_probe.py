@@ -765,7 +765,7 @@ class Net(nn.Module):
     """Backbone and head as numbered layers -1 input, 0 stem, 1..B blocks, B+1 average pool, B+2 head.
 
     forward(images [V*B, 3, S, S] in 0..1, rows bool [V*B]) -> head output [V*B, out]: V = 2 views, passed one after the
-    other, so that each has its own BatchNorm statistics (main_vicreg.py:190); V = 1 and class logits if supervised.
+    other, so that each has its own BatchNorm statistics, as in main_vicreg.py; V = 1 and class logits if supervised.
     The head is the paper's two-layer projector, the last Linear without bias as VICReg's expander.
     """
     def __init__(self, a, size: int, classes: int):
