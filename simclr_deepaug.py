@@ -603,8 +603,8 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0, 
         x = down.unsqueeze(1) @ x @ across.unsqueeze(1).mT           # crop, resize and flip: two matrix products
     jitter = chance(0.8)
 
-    def factor(range_, neutral):                                     # a factor per picture; neutral = leave it alone
-        drawn = torch.empty(n, 1, 1, 1, device=device).uniform_(neutral - range_, neutral + range_)
+    def factor(reach, neutral):                                      # a factor per picture; neutral = leave it alone
+        drawn = torch.empty(n, 1, 1, 1, device=device).uniform_(neutral - reach, neutral + reach)
         return torch.where(jitter, drawn, neutral)
 
     for op in torch.randperm(4).tolist():                            # one order a batch, drawn on the host

@@ -28,7 +28,7 @@ end. Also estimated, by MINE: how much information about the picture the represe
 
 Commands
     python vicreg_probe.py                                               # drawn shapes: train, probe, draw, export
-    python vicreg_probe.py --dataset cifar100 --arch RES-5-32 --epochs 30      # CIFAR-100 on a laptop
+    python vicreg_probe.py --dataset cifar100 --arch RES-5-32 --projector 512 512 --epochs 30      # on a laptop
     python vicreg_probe.py --preset paper                                # the paper's setting, for a GPU
     python vicreg_probe.py --objective simclr --lr 0.5                   # Fig. 11; supervised: Fig. 3, right
     python vicreg_probe.py --layer 3 --no-stop-grad                      # VICReg with Deep Augmentation at block 3
@@ -64,6 +64,7 @@ Deviations from the papers and their code, and what they leave open
 """
 import argparse
 import csv
+import functools
 import hashlib
 import importlib.util
 import io
@@ -110,7 +111,7 @@ IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.22
 
 PAPER = dict(dataset="cifar100", arch="RES-5-250", projector=[2048, 2048], epochs=1000, batch_size=256, lr=0.002,
              weight_decay=1e-6, warmup_epochs=0, crop_min=0.08, blur=0.5, solarize=0.1, sample_level=[500, 100, 20],
-             probe_epochs=[0, 20, 40, 100, 400, 1000], target_net="resnet18", target_epochs=30)   # App. A
+             probe_epochs=[0, 20, 40, 100, 400, 1000], target_net="resnet18", target_epochs=30)   # App. A, deviation 6
 # Flags that say where and how a run computes, not what: they may change on --resume and are no part of its name
 # (of `preset` the name stands there, and the flags that it sets count).
 FREE = {"out", "resume", "device", "data_dir", "download", "workers", "compile", "log_every", "save_every", "seeds",
@@ -674,8 +675,8 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0, 
         x = down.unsqueeze(1) @ x @ across.unsqueeze(1).mT           # crop, resize and flip: two matrix products
     jitter = chance(0.8)
 
-    def factor(range_, neutral):                                     # a factor per picture; neutral = leave it alone
-        drawn = torch.empty(n, 1, 1, 1, device=device).uniform_(neutral - range_, neutral + range_)
+    def factor(reach, neutral):                                      # a factor per picture; neutral = leave it alone
+        drawn = torch.empty(n, 1, 1, 1, device=device).uniform_(neutral - reach, neutral + reach)
         return torch.where(jitter, drawn, neutral)
 
     for op in torch.randperm(4).tolist():                            # one order a batch, drawn on the host
@@ -1228,7 +1229,7 @@ def pooled(h: Tensor, how: str) -> Tensor:
 
 
 @torch.no_grad()
-def layer_features(activations, names: list, batches, pool: str) -> tuple[dict, Tensor]:
+def layer_features(activations, names: list, pool: str, batches) -> tuple[dict, Tensor]:
     """One pass of the network over `batches` of (images, index) gives all layers: ({name: [N, D]}, index [N])."""
     kept, indices = {name: [] for name in names}, []
     for images, index in batches:
@@ -1339,21 +1340,22 @@ def clustering(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: in
                           means coincide. Variance, distance, cdnv: training pictures, classes of two or more of them
                           (None if there are no two such classes).
     """
-    centre = x.mean(0)                                               # distances do not change, their rounding does
+    centre = x.mean(0)
+    x, x_test = x - centre, x_test - centre                          # distances do not change, their rounding does
     count, sums = torch.bincount(y, minlength=classes), torch.zeros(classes, x.shape[1], device=x.device)
-    for part, label in zip(x.split(8192), y.split(8192)):            # as a product: index_add_ is not deterministic
-        sums += F.one_hot(label, classes).T.to(x.dtype) @ (part - centre)
+    for part, label in zip(x.split(8192), y.split(8192)):            # as a product: on CUDA, index_add_ varies; in
+        sums += F.one_hot(label, classes).T.to(x.dtype) @ part       # parts: [N, classes] may be large
     mean = sums / count.clamp(min=1).unsqueeze(1)                                             # [C, D]
     bias = torch.where(count > 0, -mean.square().sum(1) / 2, -math.inf)
 
     def accuracy(x, y):                                              # argmin |x - mu|^2 = argmax <x, mu> - |mu|^2 / 2
-        correct = [torch.addmm(bias, part - centre, mean.T).argmax(1) == label
+        correct = [torch.addmm(bias, part, mean.T).argmax(1) == label
                    for part, label in zip(x.split(8192), y.split(8192))]
         return 100 * torch.cat(correct).float().mean().item()
 
     spread = torch.zeros(classes, device=x.device)
     for part, label in zip(x.split(8192), y.split(8192)):
-        squares = (part - centre - mean[label]).square().sum(1, keepdim=True)                 # [n, 1]
+        squares = (part - mean[label]).square().sum(1, keepdim=True)                 # [n, 1]
         spread += (F.one_hot(label, classes).T.to(x.dtype) @ squares)[:, 0]
     some = count >= 2
     variance, centres = (spread / count.clamp(min=1))[some].double(), mean[some].double()
@@ -1595,9 +1597,7 @@ class Probes:
         a, rows, points, bits = self.a, [], {}, []
         bar = tqdm(total=len(names), desc=f"probing epoch {epoch}", unit="layer", leave=False, dynamic_ncols=True)
         for group in self.groups(activations, names):
-            def features(batches, group=group):
-                return layer_features(activations, group, batches, a.pool)
-
+            features = functools.partial(layer_features, activations, group, a.pool)
             if self.tasks or a.mine_steps:
                 x, index = features(eval_batches(self.train_split, a, self.device, a.probe_images))
                 x_test, index_test = features(eval_batches(self.test_split, a, self.device))
@@ -2139,7 +2139,7 @@ def main(argv=None) -> dict:
         go_on = shlex.join([w for w in words if w != "--resume"] + ([] if a.encoder else ["--resume"]))
         python = f"torchrun --nproc_per_node={dist.get_world_size()}" if dist.is_initialized() else "python"
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"\nstopped; nothing is lost. To go on:\n{python} {shlex.quote(os.path.relpath(__file__))} {go_on}")
+            print(f"\nstopped{'' if a.encoder else '; nothing is lost'}. To go on:\n{python} {shlex.quote(os.path.relpath(__file__))} {go_on}")
         raise SystemExit(128 + stopped.args[0]) from None
     finally:
         if dist.is_initialized():

@@ -7,9 +7,20 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported; child processes inherit it
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+def same_bits(a, b) -> bool:
+    """Two nested states are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
 
 @pytest.fixture
 def cli(tmp_path):

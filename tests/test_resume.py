@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same_bits
 from PIL import Image
 
 import simclr_deepaug as S
@@ -29,17 +30,6 @@ def flags(few, *more):
 
 def load(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
-
-
-def same_bits(a, b) -> bool:
-    """Two nested states are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
 
 
 def assert_same_run(out, straight):

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from conftest import same_bits
 from safetensors.torch import load_file
 
 import simcse_deepaug as S
@@ -108,17 +109,6 @@ def report_of(out):
 def rows_of(out):
     with open(Path(out) / "metrics.csv") as f:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-
-
-def same_bits(a, b) -> bool:
-    """Two nested states are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------

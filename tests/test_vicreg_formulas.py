@@ -625,7 +625,7 @@ def test_layer_features_of_several_batches_keep_the_order():
     weight = torch.ones(1, requires_grad=True)
     images, index = randn(7, 3, 2, 2), torch.tensor([4, 2, 0, 9, 8, 7, 1])
     batches = ((images[i:i + 3], index[i:i + 3]) for i in (0, 3, 6))
-    features, got = S.layer_features(activations, ["mean", "maps"], batches, "flatten")
+    features, got = S.layer_features(activations, ["mean", "maps"], "flatten", batches)
     assert passes == [3, 3, 1] and torch.equal(got, index) and set(features) == {"mean", "maps"}
     assert torch.equal(features["maps"], images.flatten(1)) and not features["maps"].requires_grad
     assert torch.equal(features["mean"], images.mean((2, 3)))

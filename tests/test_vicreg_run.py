@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
+from conftest import same_bits
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -107,17 +108,6 @@ def by_key(run):
     table = {(r["epoch"], r["layer"], r["target"]): r for r in rows}
     assert len(table) == len(rows), "two rows for the same epoch, layer and target"
     return table
-
-
-def same_bits(a, b) -> bool:
-    """Two nested states are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------

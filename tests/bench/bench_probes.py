@@ -81,7 +81,7 @@ def cifar_features(args, device):
         nn.functional.cross_entropy(net(P.to_unit(train.images[rows], 32)), train.labels[rows]).backward()
         solver.step()
     body.eval()
-    x, x_test = (P.layer_features(lambda x: {0: body(x)}, [0], P.eval_batches(s, a, device), "avg")[0][0]
+    x, x_test = (P.layer_features(lambda x: {0: body(x)}, [0], "avg", P.eval_batches(s, a, device))[0][0]
                  for s in (train, test))
     return (x, train.labels), (x_test, test.labels), f"CIFAR-100 through {arch}, {args.train_steps} steps on the labels"
 
@@ -141,7 +141,7 @@ def table(args, device):
     names, spent = [n for n in net.numbered() if n not in ("avgpool", "head")], {name: [] for name in PARTS}
     print(f"\nProbes.run: {len(names)} layers of {args.arch}, {len(train)} + {len(test)} pictures ({a.dataset}), "
           f"{', '.join(target for target, *_ in probes.tasks)}, sample level {args.sample_level}")
-    P.layer_features(net.activations, names, P.eval_batches(train, a, device, 8), "avg")      # the libraries start
+    P.layer_features(net.activations, names, "avg", P.eval_batches(train, a, device, 8))      # the libraries start
 
     def timed(name, f, *given):
         t, value = seconds(device, f, *given)
@@ -163,7 +163,7 @@ def table(args, device):
     end = {n: nn.Sequential(*list(net.layers.values())[:l + 2]) for n, l in net.numbered().items()}   # -1 is the input
 
     def features(activations, names):
-        return P.layer_features(activations, names, P.eval_batches(some, a, device), "avg")[0]
+        return P.layer_features(activations, names, "avg", P.eval_batches(some, a, device))[0]
 
     ways = (lambda: features(net.activations, names),
             lambda: {n: features(lambda images, n=n: {n: end[n](images)}, [n])[n] for n in names})
