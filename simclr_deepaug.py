@@ -103,20 +103,20 @@ FREE = {"out", "resume", "device", "data_dir", "download", "workers", "compile",
         "compare", "export", "transfer", "probe_every", "preset"}
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def fail(message: str):
     """One clear line on stderr and exit code 2."""
     print(f"{NAME}.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers."""
     return random.Random(repr(numbers)).getrandbits(63)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see --help)")
@@ -191,7 +191,7 @@ def settings(argv=None) -> argparse.Namespace:
     return a
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def config_of(a) -> dict:
     """The flags that decide what is computed. With --dataset folder the folder is one of them."""
     free = FREE - {"data_dir"} if a.dataset == "folder" else FREE
@@ -241,7 +241,7 @@ def check_settings(a: argparse.Namespace) -> None:
 # 2 Data
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Split:
     """Pictures of one split: `images` uint8 [N, 3, H, W] on the device; `files` to decode, if sizes differ or they
     take 4 GiB or more (then images is None).
@@ -256,7 +256,7 @@ class Split:
         return len(self.files if self.images is None else self.images)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def draw_shapes(n: int, seed: int, device) -> tuple[Tensor, Tensor]:
     """Draw n pictures [n, 3, 32, 32] uint8 of 20 classes; class // 4 is the superclass (the family of the shape).
 
@@ -301,7 +301,7 @@ def draw_shapes(n: int, seed: int, device) -> tuple[Tensor, Tensor]:
     return ((picture + noise).clamp(0, 1) * 255).round().to(torch.uint8), label
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def list_pictures(root: Path) -> list:
     """[(file, name of its class folder, or "" if it lies in root itself)] of all pictures below root."""
     endings = torchvision.datasets.folder.IMG_EXTENSIONS
@@ -313,7 +313,7 @@ def list_pictures(root: Path) -> list:
     return pictures
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Decode(torch.utils.data.Dataset):
     """Worker side of --dataset folder: file i as uint8, made by `transform`, whose randomness is fixed by `seeds`
     and i. Returns (picture or crops, the file used, i): in place of an unreadable file the next readable one is used.
@@ -335,7 +335,7 @@ class Decode(torch.utils.data.Dataset):
             return self.transform(v2.functional.pil_to_tensor(picture)), used, asked
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def leave_signals_to_parent(worker: int):
     """Ctrl-C and SIGTERM reach the workers too; the training process decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -353,7 +353,7 @@ class TwoCrops:
         return torch.stack([self.crop(picture), self.crop(picture)])
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def decode(split: Split, indices, transform, a, batch_size: int, epoch: int = 0):
     """Decode these files in worker processes: yields (uint8 [B, ...], index used [B], whether readable, bool [B])."""
     batches = torch.as_tensor(indices).split(batch_size)
@@ -372,7 +372,7 @@ def decode(split: Split, indices, transform, a, batch_size: int, epoch: int = 0)
         fail(f"none of the {len(split.files)} pictures like {split.files[0]} can be read")
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def picture_size(file: Path):
     """(width, height) from the file's header; None if it cannot be read (decoding will name and count the file)."""
     try:
@@ -382,7 +382,7 @@ def picture_size(file: Path):
         return None
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def load_folder(a, device) -> tuple[Split, Split, list]:
     """A user's own pictures: DIR/CLASS/*.png or DIR/*.png, or the same below DIR/train and DIR/test (or DIR/val); or
     as Food-101: DIR/images/CLASS/*.jpg with the split in DIR/meta/train.txt and test.txt."""
@@ -431,7 +431,7 @@ def load_folder(a, device) -> tuple[Split, Split, list]:
     return splits[0], splits[1], classes
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def load_data(name: str, a, device) -> tuple[Split, Split, list]:
     """Data set `name` -> (train, test, class names). CIFAR is read, and checked, by torchvision's own classes."""
     if name == "folder":
@@ -451,7 +451,7 @@ def load_data(name: str, a, device) -> tuple[Split, Split, list]:
     return *(Split(labels, a.image_size or 32, images=images) for images, labels in pairs), classes
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def to_unit(images: Tensor, size: int) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in 0..1: short side resized, centre cropped, if need be."""
     x = images.float() / 255
@@ -460,7 +460,7 @@ def to_unit(images: Tensor, size: int) -> Tensor:
     return x
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def eval_batches(split: Split, a, device, limit: int = 0, batch_size: int = 512):
     """All pictures (or the first `limit`) in order, unaugmented: yields (float32 [B, 3, S, S], index [B])."""
     n = min(limit or len(split), len(split))
@@ -500,7 +500,7 @@ def train_batches(split: Split, a, device, step: int, steps: int, rank: int, wor
 # 3 Views: the whole batch at once on the device, every picture with parameters of its own
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def crop_boxes(n: int, height: int, width: int, scale, device) -> tuple[Tensor, ...]:
     """(top, left, h, w), each float [n]: torchvision's RandomResizedCrop.get_params, ten tries drawn at once."""
     area = torch.empty(n, 10, device=device).uniform_(*scale) * height * width
@@ -516,7 +516,7 @@ def crop_boxes(n: int, height: int, width: int, scale, device) -> tuple[Tensor, 
     return top, left, h, w
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def resize_matrix(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor) -> Tensor:
     """[n, out, size]: rows that resample pixels start..start+length of a line to `out` pixels, reversed where `flip`.
 
@@ -531,28 +531,28 @@ def resize_matrix(start: Tensor, length: Tensor, size: int, out: int, flip: Tens
     return weight / weight.sum(-1, keepdim=True)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def gray(x: Tensor) -> Tensor:
     """[n, 3, H, W] -> [n, 1, H, W], ITU-R 601 luma as torchvision."""
     return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
     return (x * factor).clamp_(0, 1)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
     return torch.lerp(gray(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(0, 1)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
     return torch.lerp(gray(x), x, factor).clamp_(0, 1)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by shift (in turns, [n, 1, 1, 1]) in HSV. A channel's share of the chroma is clamp(2 - d, 0, 1), d
     its distance on the colour circle, in sixths of a turn, from its own hue (red 0, green 2, blue 4)."""
@@ -568,7 +568,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(low.unsqueeze(1), chroma.unsqueeze(1), d.neg_().add_(2).clamp_(0, 1))
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def blur_matrix(sigma: Tensor, size: int, kernel: int) -> Tensor:
     """[n, size, size]: Gaussian blur of a line with reflected borders; sigma [n]; sigma = 0 gives the identity."""
     offset = torch.arange(kernel, device=sigma.device) - kernel // 2
@@ -579,12 +579,12 @@ def blur_matrix(sigma: Tensor, size: int, kernel: int) -> Tensor:
     return torch.einsum("nk,ikj->nij", weight, F.one_hot(reach, size).float())
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0, strength=(0.4, 0.4, 0.4, 0.1),
-               kernel=0) -> Tensor:
+               kernel=0, crop_max=1.0) -> Tensor:
     """One random SimCLR view of every picture: uint8 [n, 3, H, W] -> float32 [n, 3, size, size] in 0..1.
 
-    SupContrast main_supcon.py:146: random resized crop (scale crop_min..1), flip, colour jitter (strength: of
+    SupContrast main_supcon.py:146: random resized crop (scale crop_min..crop_max), flip, colour jitter (strength: of
     brightness, contrast, saturation, hue) with probability .8, grayscale .2, no blur. crop_min = 0: the pictures are
     crops already, so neither crop nor flip. kernel: side of the blur's window in pixels; 0: a tenth of the picture.
     """
@@ -596,7 +596,7 @@ def make_views(images: Tensor, size: int, crop_min=0.2, blur=0.0, solarize=0.0, 
 
     x = images.float() / 255
     if crop_min > 0:
-        top, left, h, w = crop_boxes(n, height, width, (crop_min, 1.0), device)
+        top, left, h, w = crop_boxes(n, height, width, (crop_min, crop_max), device)
         never = torch.zeros(n, dtype=torch.bool, device=device)
         down = resize_matrix(top, h, height, size, never)                                     # [n, size, H]
         across = resize_matrix(left, w, width, size, torch.rand(n, device=device) < 0.5)      # [n, size, W]
@@ -631,7 +631,7 @@ def two_views(images: Tensor, split: Split, a) -> Tensor:
 # 4 Network: torchvision's ResNets, cut into the layers of Figure 2
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Normalize(nn.Module):
     """Layer -1: pictures in 0..1 -> (x - mean) / std per channel, in channels_last."""
     def __init__(self, mean, std):
@@ -643,7 +643,7 @@ class Normalize(nn.Module):
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def block_outputs(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """A torchvision residual block, opened: (residual before the addition, output after it and the ReLU).
 
@@ -728,19 +728,24 @@ class Net(nn.Module):
         return {"stem": 0, **last, "avgpool": 5, "head": 6}
 
 
+# same text in: simclr_deepaug.py, topk_rescue.py
+def pixel_statistics(split: Split, device) -> tuple[Tensor, Tensor]:
+    """(mean, std) of each channel over the training pictures, in 0..1."""
+    if split.images is None:                                         # ImageNet's, as torchvision's pretrained networks
+        return torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+    for x in split.images.split(1024):
+        x = x.double() / 255
+        sums += torch.stack([x.mean((2, 3)), x.square().mean((2, 3))]).sum(1)
+    mean, square = (sums / len(split)).float().cpu()
+    return mean, (square - mean ** 2).clamp(min=1e-6).sqrt()         # a channel may be constant
+
+
 def build(a, split: Split, classes: list, device) -> Net:
     """The network of these flags with the weights of this seed."""
-    if split.images is not None:
-        sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
-        for x in split.images.split(1024):
-            x = x.double() / 255
-            sums += torch.stack([x.mean((2, 3)), x.square().mean((2, 3))]).sum(1)
-        mean, square = (sums / len(split)).float()
-        std = (square - mean ** 2).clamp(min=1e-6).sqrt()            # a channel may be constant
-    else:                                                            # ImageNet's, as torchvision's pretrained networks
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    mean, std = pixel_statistics(split, device)
     torch.manual_seed(a.seed)
-    net = Net(a, split.size, mean.cpu(), std.cpu(), len(classes) if a.objective == "supervised" else 0)
+    net = Net(a, split.size, mean, std, len(classes) if a.objective == "supervised" else 0)
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -748,7 +753,7 @@ def build(a, split: Split, classes: list, device) -> Net:
 # 5 Deep Augmentation
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def deep_augment(h: Tensor, rows: Tensor, rate: float, stop_grad: bool, transform: str = "dropout",
                  components: int = 1) -> Tensor:
     """A(h) on the chosen rows, h on the others (Eq. 2; Section 3.2 of the paper). Call it in training only.
@@ -770,7 +775,7 @@ def deep_augment(h: Tensor, rows: Tensor, rate: float, stop_grad: bool, transfor
     return torch.where(rows.view(-1, *[1] * (h.ndim - 1)), x, h)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def remove_components(h: Tensor, components: int) -> Tensor:
     """h [B, ...] without its projection on the batch's `components` leading principal directions; the mean stays.
 
@@ -815,7 +820,7 @@ def frozen_layers(a) -> tuple[list, list]:
 # 6 Loss
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Gather(torch.autograd.Function):
     """The rows of all processes [B, d] -> [world * B, d]; a row's gradient is the sum of what all processes send it."""
     @staticmethod
@@ -831,12 +836,12 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def gather(z: Tensor) -> Tensor:
     return Gather.apply(z) if dist.is_initialized() else z
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent (SimCLR; Eq. 1 with the 2N-2 negatives of SimCLR's code) as one plain cross-entropy.
 
@@ -857,7 +862,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 # 7 Training
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling, as facebookresearch/vicreg main_vicreg.py: every weight matrix's step is
     scaled by eta * |w| / |g + wd * w|; vectors (biases, BatchNorm) take plain SGD without weight decay."""
@@ -883,7 +888,7 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(buffer, alpha=group["lr"])
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def learning_rate(step: int, a, steps: int) -> float:
     """Warm-up from lr/50 onto a cosine that ends at lr * .1^3 (SupContrast util.py). steps: steps of one epoch."""
     total = a.epochs * steps
@@ -898,20 +903,20 @@ def learning_rate(step: int, a, steps: int) -> float:
     return cosine(step)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
     """Mean squared distance of pairs, 0..4; z1 and z2 normalised [n, d] (Wang & Isola 2020, alpha = 2)."""
     return (z1 - z2).square().sum(1).mean()
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def uniformity(z: Tensor) -> Tensor:
     """log of the mean of exp(-2 |zi - zj|^2) over pairs i < j, z normalised [n, d] (Wang & Isola 2020, t = 2): 0 if
     all are one point, about -4 if many points spread evenly over the sphere."""
     return torch.pdist(z).square().mul(-2).exp().mean().log()
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 @torch.no_grad()
 def meters(z1: Tensor, z2: Tensor) -> dict:
     """Is it collapsing? From the two views' embeddings [B, d]:
@@ -928,7 +933,7 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
             "alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item()}
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 @contextmanager
 def written_whole(path: Path):
     """Write beside the target, then rename: a kill at any moment leaves the old file or the new one, whole."""
@@ -937,13 +942,13 @@ def written_whole(path: Path):
     os.replace(beside, path)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def save_json(path: Path, content: dict) -> None:
     with written_whole(path) as part:
         part.write_text(json.dumps(content, indent=1, default=str))
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def load_checkpoint(path: Path, device="cpu") -> dict:
     if not path.exists():
         fail(f"no checkpoint at {path}")
@@ -959,17 +964,17 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     return state
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM arrived; args[0] is the signal's number."""
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def interrupt(number: int):
     raise Interrupted(number)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 @contextmanager
 def on_signals(handler):
     """Call handler(signal number) on Ctrl-C and SIGTERM; a second one ends the program at once."""
@@ -991,7 +996,7 @@ def on_signals(handler):
             signal.signal(n, old)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def stops(stop: list, ask: bool, device) -> bool:
     """Has a signal arrived? Several processes must leave at the same step: they agree on it, only when `ask`ed."""
     if not dist.is_initialized():
@@ -1003,7 +1008,7 @@ def stops(stop: list, ask: bool, device) -> bool:
     return flag.item() > 0
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def checkpoint_to_resume(a, out: Path, device) -> dict | None:
     """The run folder's checkpoint if it is this script's and was made with the same flags."""
     if not (out / "checkpoint.pt").exists():
@@ -1129,7 +1134,7 @@ def encode(net: Net, split: Split, a, device) -> tuple[Tensor, Tensor | None]:
     return torch.cat(x), None if split.labels is None else split.labels[torch.cat(index)]
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def fit_logistic(x: Tensor, y: Tensor, classes: int, decay: float, start=None, iterations=200) -> Tensor:
     """Minimise cross-entropy + decay/2 |W|^2 over W [D+1, C] by full-batch L-BFGS; x [n, D], last row is the bias."""
     w = torch.zeros(x.shape[1] + 1, classes, device=x.device) if start is None else start.clone()
@@ -1146,12 +1151,12 @@ def fit_logistic(x: Tensor, y: Tensor, classes: int, decay: float, start=None, i
     return w.detach()
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
-def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -> dict:
-    """Logistic regression on frozen features -> {"linear": test accuracy in %, "linear_decay": what was chosen}.
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
+def probe_logits(x: Tensor, y: Tensor, x_test: Tensor, classes: int) -> tuple[Tensor, float]:
+    """Logistic regression on frozen features: (logits of the test pictures [N_test, classes], the decay chosen).
 
     Features are standardised by the training set. The decay is chosen on a tenth of (at most 10,000) training
-    pictures that the fit does not see; the test set is used once.
+    pictures that the fit does not see.
     """
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, x_test = (x - mean) / std, (x_test - mean) / std
@@ -1163,11 +1168,18 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: 
         correct = (torch.addmm(w[-1], x[held], w[:-1]).argmax(1) == y[held]).float().mean().item()
         best = max(best, (correct, decay))
     w = fit_logistic(x, y, classes, best[1])
-    correct = (torch.addmm(w[-1], x_test, w[:-1]).argmax(1) == y_test).float().mean().item()
-    return {"linear": 100 * correct, "linear_decay": best[1]}
+    return torch.addmm(w[-1], x_test, w[:-1]), best[1]
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -> dict:
+    """{"linear": test accuracy in % of a logistic regression on frozen features, "linear_decay": what was chosen}.
+    The test set is used once."""
+    logits, decay = probe_logits(x, y, x_test, classes)
+    return {"linear": 100 * (logits.argmax(1) == y_test).float().mean().item(), "linear_decay": decay}
+
+
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def weighted_knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int, k=200, t=0.1) -> float:
     """Test accuracy in %: the k nearest training features by cosine vote with weight exp(cosine / t) (Wu et al. 2018;
     k and t as lightly's published table)."""
@@ -1205,7 +1217,7 @@ def probe(net: Net, train_split: Split, test_split: Split, classes: list, a, dev
     return result
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def some_pictures(split: Split, a, device) -> tuple[Tensor, Tensor]:
     """(float32 [n, 3, S, S], index [n]): the first pictures, at most 2,048 and at most 64 MiB as bytes."""
     limit = max(4, min(2048, (64 << 20) // (3 * split.size ** 2)))
@@ -1213,7 +1225,7 @@ def some_pictures(split: Split, a, device) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(index)
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 @torch.no_grad()
 def layer_map(net: Net, split: Split, a, device) -> Tensor:
     """Linear CKA between the numbered layers from 0 on, on unaugmented pictures, float64 [L, L] (Section 6.1 of the
@@ -1224,7 +1236,7 @@ def layer_map(net: Net, split: Split, a, device) -> Tensor:
     return cka_map((h, h) for h in acts)                             # the network beside itself
 
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 def auto_layer(net: Net, split: Split, a, device) -> int:
     """Where the co-adapted stretch of layers starts (with stop-gradient) or ends (without): Section 6.1."""
     from cka import coadapted_stretch
@@ -1236,7 +1248,7 @@ def auto_layer(net: Net, split: Split, a, device) -> int:
     return start if a.stop_grad else end
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def save_figure(figure, path: Path) -> None:
     figure.tight_layout()
     with written_whole(path) as part:
@@ -1282,12 +1294,12 @@ def draw_figures(a, net: Net, split: Split, out: Path, device, report: dict, pro
         print(f"no map of the layers: {e}")
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def mean_std(values: list) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def pm(value: tuple[float, float | None]) -> str:
     return f"{value[0]:.2f}" + ("" if value[1] is None else f" ± {value[1]:.2f}")
 
@@ -1344,7 +1356,7 @@ def compare(runs: list) -> dict:
 # 9 Export
 # ----------------------------------------------------------------------------------------------------------------
 
-# same text in: simclr_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Encoder(nn.Module):
     """What leaves this script: pictures float32 [B, 3, H, W] in 0..1 -> features [B, dim]; no Deep Augmentation."""
     def __init__(self, net: Net):

@@ -113,20 +113,20 @@ FREE = {"out", "resume", "device", "download", "compile", "log_every", "save_eve
         "eval_only", "preset"}
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def fail(message: str):
     """One clear line on stderr and exit code 2."""
     print(f"{NAME}.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers."""
     return random.Random(repr(numbers)).getrandbits(63)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see --help)")
@@ -789,7 +789,7 @@ def build(a, config, tokenizer, device) -> Net:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def deep_augment(h: Tensor, rows: Tensor, rate: float, stop_grad: bool, transform: str = "dropout",
                  components: int = 1) -> Tensor:
     """A(h) on the chosen rows, h on the others (Eq. 2; Section 3.2 of the paper). Call it in training only.
@@ -811,7 +811,7 @@ def deep_augment(h: Tensor, rows: Tensor, rate: float, stop_grad: bool, transfor
     return torch.where(rows.view(-1, *[1] * (h.ndim - 1)), x, h)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def remove_components(h: Tensor, components: int) -> Tensor:
     """h [B, ...] without its projection on the batch's `components` leading principal directions; the mean stays.
 
@@ -833,7 +833,7 @@ def remove_components(h: Tensor, components: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Gather(torch.autograd.Function):
     """The rows of all processes [B, d] -> [world * B, d]; a row's gradient is the sum of what all processes send it."""
     @staticmethod
@@ -849,7 +849,7 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def gather(z: Tensor) -> Tensor:
     return Gather.apply(z) if dist.is_initialized() else z
 
@@ -894,20 +894,20 @@ def learning_rate(step: int, a, steps: int) -> float:
     return a.lr * ((step + 1) / warm if step < warm else (total - step) / (total - warm))
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
     """Mean squared distance of pairs, 0..4; z1 and z2 normalised [n, d] (Wang & Isola 2020, alpha = 2)."""
     return (z1 - z2).square().sum(1).mean()
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def uniformity(z: Tensor) -> Tensor:
     """log of the mean of exp(-2 |zi - zj|^2) over pairs i < j, z normalised [n, d] (Wang & Isola 2020, t = 2): 0 if
     all are one point, about -4 if many points spread evenly over the sphere."""
     return torch.pdist(z).square().mul(-2).exp().mean().log()
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 @torch.no_grad()
 def meters(z1: Tensor, z2: Tensor) -> dict:
     """Is it collapsing? From the two views' embeddings [B, d]:
@@ -924,7 +924,7 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
             "alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item()}
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 @contextmanager
 def written_whole(path: Path):
     """Write beside the target, then rename: a kill at any moment leaves the old file or the new one, whole."""
@@ -933,13 +933,13 @@ def written_whole(path: Path):
     os.replace(beside, path)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def save_json(path: Path, content: dict) -> None:
     with written_whole(path) as part:
         part.write_text(json.dumps(content, indent=1, default=str))
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def load_checkpoint(path: Path, device="cpu") -> dict:
     if not path.exists():
         fail(f"no checkpoint at {path}")
@@ -955,17 +955,17 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     return state
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM arrived; args[0] is the signal's number."""
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def interrupt(number: int):
     raise Interrupted(number)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 @contextmanager
 def on_signals(handler):
     """Call handler(signal number) on Ctrl-C and SIGTERM; a second one ends the program at once."""
@@ -987,7 +987,7 @@ def on_signals(handler):
             signal.signal(n, old)
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def stops(stop: list, ask: bool, device) -> bool:
     """Has a signal arrived? Several processes must leave at the same step: they agree on it, only when `ask`ed."""
     if not dist.is_initialized():
@@ -999,7 +999,7 @@ def stops(stop: list, ask: bool, device) -> bool:
     return flag.item() > 0
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def checkpoint_to_resume(a, out: Path, device) -> dict | None:
     """The run folder's checkpoint if it is this script's and was made with the same flags."""
     if not (out / "checkpoint.pt").exists():
@@ -1239,7 +1239,7 @@ def layer_map(net: Net, tokenizer, dev: tuple, device, output=True) -> Tensor:
     return cka_map(layers())
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def save_figure(figure, path: Path) -> None:
     figure.tight_layout()
     with written_whole(path) as part:
@@ -1287,12 +1287,12 @@ def draw_figures(a, net: Net, tokenizer, dev, out: Path, device, report: dict, s
         print(f"no map of the layers: {e}")
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def mean_std(values: list) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py
+# same text in: simclr_deepaug.py, simcse_deepaug.py, vicreg_probe.py, topk_rescue.py
 def pm(value: tuple[float, float | None]) -> str:
     return f"{value[0]:.2f}" + ("" if value[1] is None else f" ± {value[1]:.2f}")
 

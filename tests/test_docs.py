@@ -15,6 +15,7 @@ from torch import nn
 import cka
 import simclr_deepaug as S
 import simcse_deepaug as T
+import topk_rescue as R
 import vicreg_probe as V
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def commands():
         lines += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
         for line in lines:
             found.setdefault(line.split("#")[0].strip(), page.name)
-    for script in ("simclr_deepaug.py", "simcse_deepaug.py", "vicreg_probe.py", "cka.py"):
+    for script in ("simclr_deepaug.py", "simcse_deepaug.py", "vicreg_probe.py", "topk_rescue.py", "cka.py"):
         for line in re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / script).read_text(), re.M):
             found.setdefault(line.split("#")[0].strip(), script)
     return {c: page for c, page in found.items() if c and "…" not in c}
@@ -173,6 +174,39 @@ def test_vicreg_command(command, probed, few, monkeypatch, capsys):
     assert "nearest class centre" in capsys.readouterr().out
 
 
+RESCUE = ["--projector", "32", "16", "--prototypes", "16", "--local-crops", "2"]
+
+
+@pytest.fixture(scope="module")
+def rescued(tmp_path_factory, few):
+    """A folder with the runs of topk_rescue.py that documented commands start from."""
+    here = tmp_path_factory.mktemp("rescued")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        R.main([*SMALL, "--data-dir", str(few), *RESCUE, "--probe-every", "1", "--out", "runs/base"])
+    return here
+
+
+@pytest.mark.parametrize("command", sorted(
+    c for c in commands() if c.startswith("python topk_rescue.py") and "--help" not in c))
+def test_rescue_command(command, rescued, few, monkeypatch, capsys):
+    words = shlex.split(command)[2:]
+    given = R.settings(words)                                        # as written: every flag exists, nothing refused
+    monkeypatch.chdir(rescued)
+    if "--compare" in words:
+        assert R.main(["--compare", *map(str, sorted(rescued.glob("runs/*")))])
+        return
+    fast(monkeypatch, R, "draw_figures", words)
+    monkeypatch.setattr(R, "planned", lambda a, all_of=R.planned: all_of(a)[-2:])    # the baseline and one more
+    words = without(words, DROPPED | {"--transfer"}) + SMALL + RESCUE + ["--data-dir", str(few)]
+    words += ["--arch", "vit-tiny" if given.arch.startswith("vit") else "small"]
+    if "--preset" in words:
+        words += ["--patch", "8", "--local-size", "16", "--k", "1", "--optimizer", "adamw"]
+    out = [] if "--out" in words or "--resume" in words else ["--out", "runs/this"]
+    assert R.main(words + out + ["--no-baseline"] * ("--sweep" not in words))
+    assert "steps in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python cka.py") and "RUN" not in c))
 def test_cka_command(command, workplace, few, real_data_or_none, monkeypatch):
     words = shlex.split(command)[2:]
@@ -205,11 +239,12 @@ def test_torchrun_command(command):
     """The flags are right; tests/test_distributed.py runs two processes for real."""
     words = shlex.split(command)
     [i] = [i for i, word in enumerate(words) if word.endswith(".py")]
-    {"simclr_deepaug.py": S, "simcse_deepaug.py": T, "vicreg_probe.py": V}[words[i]].settings(words[i + 1:])
+    {"simclr_deepaug.py": S, "simcse_deepaug.py": T, "vicreg_probe.py": V,
+     "topk_rescue.py": R}[words[i]].settings(words[i + 1:])
 
 
 def test_no_other_kind_of_command():
-    known = r"python (sim\w+_deepaug|vicreg_probe|cka|tests/bench/\w+)\.py|torchrun "
+    known = r"python (sim\w+_deepaug|vicreg_probe|topk_rescue|cka|tests/bench/\w+)\.py|torchrun "
     other = [c for c in commands() if not re.match(known, c)]
     install = "pip install -r requirements.txt && "
     assert set(other) <= {install + "python simclr_deepaug.py", install + "pytest",
@@ -316,7 +351,7 @@ def test_load_cpp_block(workplace, tmp_path):
     assert abs(float(done.stdout.split()[-1]) / features.abs().sum().item() - 1) < 1e-4
 
 
-@pytest.mark.parametrize("script", [S, T, V, cka], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("script", [S, T, V, R, cka], ids=lambda s: s.__name__)
 def test_every_flag_is_explained(script, capsys):
     """Every script's page names every flag."""
     text = (ROOT / f"docs/{script.__name__}.md").read_text()
@@ -328,7 +363,8 @@ def test_every_flag_is_explained(script, capsys):
 
 
 @pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "dropout20"),
-                                              ("simcse_deepaug", "sentences", "base"), ("vicreg_probe", "probed", "a")])
+                                              ("simcse_deepaug", "sentences", "base"), ("vicreg_probe", "probed", "a"),
+                                              ("topk_rescue", "rescued", "base")])
 def test_every_logged_number_is_explained(page, place, run, request):
     """Every logged column, reported key and written file stands in the script's page."""
     text = (ROOT / f"docs/{page}.md").read_text()

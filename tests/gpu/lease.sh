@@ -12,6 +12,8 @@
 #                                              # scratch with MLM; 8: with stop-gradient, 10w: without
 #   bash tests/gpu/lease.sh probe vicreg       # vicreg_probe.py: its bench, then RES-5-250 on CIFAR-100, 200 epochs, probes
 #   bash tests/gpu/lease.sh probe simclr       # the same with SimCLR's loss; both go on where a call's limit stopped them
+#   bash tests/gpu/lease.sh rescue simclr      # topk_rescue.py: its bench, then ResNet-18 on CIFAR-100, 200 epochs, without
+#                                              # and with rescue; also mocov3 and dinov2 (ViT-S/4); go on as above
 #
 # Sections may be joined: `lease.sh parts tests bench`. A section runs under `timeout`: a training run that meets its
 # limit saves, and the same command goes on where it stopped. What to keep is put into $OUT (default runs/lease): a log
@@ -36,6 +38,7 @@
 #   text:      lease.sh text none 8 10w        18 MB
 #       rm -rf lease-data/*; cp -r ../shared/data/{unpack.py,sts,text} lease-data/
 #   probe:     as calls 2 and 3 for CIFAR-100, then lease.sh probe vicreg, probe simclr
+#   rescue:    likewise, then lease.sh rescue simclr, rescue mocov3, rescue dinov2
 # Where ../shared/data is (as here), the parts are read from there.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
@@ -144,12 +147,32 @@ section_probe() {  # section_probe OBJECTIVE...
     done
 }
 
+section_rescue() {  # section_rescue METHOD...
+    [ -f data/cifar-100-python/train ] || unpack cifar-100 || return
+    local tiny=${QUICK:+--arch vit-tiny --patch 8 --prototypes 64 --projector 32 16}
+    local small=${QUICK:+$tiny --dataset shapes --epochs 1 --batch-size 512}
+    for method in "$@"; do
+        # shellcheck disable=SC2086
+        run 120 "rescue-bench-$method" "$PYTHON" tests/bench/bench_rescue.py --device "$DEVICE" --methods "$method" \
+            ${QUICK:+--quick} --flags --preset cifar $tiny
+        for rescue in none topk; do
+            # shellcheck disable=SC2086
+            run "${LIMIT:-520}" "rescue-$method-$rescue" "$PYTHON" topk_rescue.py --preset cifar --method "$method" \
+                --rescue "$rescue" --no-baseline --epochs "${EPOCHS:-200}" --data-dir data --seed "${SEED:-0}" \
+                --device "$DEVICE" --log-every 50 --out "$RUN-rescue-$method-$rescue" --resume $small $EXTRA
+            (cd "$RUN-rescue-$method-$rescue" && find . -maxdepth 1 \( -name '*.json' -o -name '*.csv' -o \
+                -name '*.png' -o -name similarity.npz \) -print0 | tar czf - --null -T -) \
+                > "$OUT/rescue-$method-$rescue.tgz"
+        done
+    done
+}
+
 section_compare() {
     run 60 compare "$PYTHON" simclr_deepaug.py --compare "$RUN"-cifar100-*
     cp runs/compare.png "$OUT/"
 }
 
-usage="usage: lease.sh {parts|tests|bench|train10|train100 [LAYER...]|text [LAYER...]|probe [LOSS...]|compare}..."
+usage="usage: lease.sh {parts|tests|bench|train10|train100 [LAYER...]|text [LAYER...]|probe [LOSS...]|rescue [METHOD...]|compare}..."
 [ $# -gt 0 ] || { echo "$usage"; exit 2; }
 take_parts
 while [ $# -gt 0 ]; do
@@ -172,6 +195,11 @@ while [ $# -gt 0 ]; do
             while [ $# -gt 0 ] && [[ $1 =~ ^(vicreg|simclr)$ ]]; do losses+=("$1"); shift; done
             [ ${#losses[@]} -gt 0 ] || losses=(vicreg simclr)
             section_probe "${losses[@]}" ;;
+        rescue)
+            methods=()
+            while [ $# -gt 0 ] && [[ $1 =~ ^(simclr|mocov3|dinov2)$ ]]; do methods+=("$1"); shift; done
+            [ ${#methods[@]} -gt 0 ] || methods=(simclr mocov3 dinov2)
+            section_rescue "${methods[@]}" ;;
         *) echo "$usage"; exit 2 ;;
     esac
 done
