@@ -2026,9 +2026,10 @@ def draw_figures(a, step_of: Rescue, split: Split, out: Path, device, report: di
         last.plot([int(epoch) for epoch in probes], [r["linear"] for r in probes.values()], "o-")
         last.set(title="linear probe, test %", xlabel="epoch")
     else:
-        for suffix, color in {"_untrained": "tab:blue", "_baseline": "tab:gray", "": "tab:orange"}.items():
-            keys = [k + suffix for k in ("linear", "knn") if k + suffix in report]
-            last.bar([k.replace("_", "\n") for k in keys], [report[k] for k in keys], color=color)
+        for key in ("linear", "knn"):
+            for suffix, color in {"_untrained": "tab:blue", "_baseline": "tab:gray", "": "tab:orange"}.items():
+                if key + suffix in report:
+                    last.bar((key + suffix).replace("_", "\n"), report[key + suffix], color=color)
         last.tick_params(axis="x", labelsize=7)
         last.set(title="probes of the frozen features, test %")
     figure.suptitle(out.name)
@@ -2159,11 +2160,12 @@ def export(a, net: Net, split: Split, classes: list, out: Path, report: dict) ->
     live.load_state_dict(net.state_dict())                           # a copy on the CPU: traces bake the device in
     live.eval().requires_grad_(False)
     encoder, example = Encoder(live).eval(), torch.rand(2, 3, split.size, split.size)
+    transformers.logging.set_verbosity_error()                       # tracing reads every attribute, and some warn
     config = {"script": NAME, "layers": list(live.activations(example)), "layer_numbers": live.numbered(),
               "image_size": split.size, "dim": live.dim, "dataset": a.dataset, "classes": classes,
               "flags": config_of(a), "measurements": report}
     with torch.no_grad(), warnings.catch_warnings(), written_whole(out / "encoder.pt") as part:
-        warnings.filterwarnings("ignore", message=".*torch.jit|Encountering a list|Converting a tensor")
+        warnings.filterwarnings("ignore", message=".*torch.jit|Encountering a list|Converting a tensor|`is_grad")
         traced = torch.jit.trace_module(encoder, {"forward": example, "activations": example})
         torch.jit.save(traced, str(part), _extra_files={"config.json": json.dumps(config, default=str)})
         loaded = torch.jit.load(str(part))
