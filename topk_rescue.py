@@ -46,7 +46,7 @@ Commands
 What to expect
     The default run takes under three minutes on two CPU cores. Linear probe of 20 drawn classes (three seeds):
     untrained 21.8, SimCLR 88.9 ± 1.1, with rescue 82.4 ± 2.5 %. CIFAR-100, small networks, 6 to 10 epochs: SimCLR
-    26.0 ± 0.3, with rescue 24.2 ± 0.8; MoCo v3 23.4 and 22.2; DINOv2 16.7 and 11.3 %. So short trainings with 2 to 8
+    26.0 ± 0.3, with rescue 24.2 ± 0.8; MoCo v3 23.4 and 22.3; DINOv2 16.7 and 11.3 %. So short trainings with 2 to 8
     rescued pictures a step do not show the paper's gain (on ImageNet +1.1, +0.6, +0.5 points, 16 to 128 pictures):
     docs/results.md has sweeps of s and k, and what goes wrong.
 
