@@ -2105,30 +2105,31 @@ def compare(runs: list) -> dict:
             other = tuple((k, v) for k, v in key if k not in ("k", "s"))
             label = f"{f['method']} {f['rescue']} {f['strong']}"
             lines.setdefault(other, (label, base, []))[2].append((f["k"], f["s"], *linear, collapsed))
-    varying = next((x for i, x in enumerate("ks") for *_, points in lines.values() if len({p[i] for p in points}) > 1),
-                   "")
-    figure = Figure((8, 4.5))
-    axis = figure.subplots()
-    if varying:
-        for i, (label, base, points) in enumerate(lines.values()):
-            x, y, std, gone = zip(*sorted((p["ks".index(varying)], p[2], p[3] or 0, p[4]) for p in points))
-            axis.errorbar(x, y, std, color=f"C{i}", fmt="o-", capsize=3, label=label)
+    varying = [i for i in (0, 1) if any(len({p[i] for p in points}) > 1 for *_, points in lines.values())]
+    figure = Figure((7 * max(1, len(varying)), 4.5))
+    axes = figure.subplots(1, max(1, len(varying)), squeeze=False)[0]
+    for i, axis in zip(varying, axes):                              # 0: over k, 1: over s, the other at its usual value
+        reach = [p[i] for *_, points in lines.values() for p in points]
+        for n, (label, _, points) in enumerate(lines.values()):
+            usual = statistics.mode(p[1 - i] for p in points)
+            x, y, std, gone = zip(*sorted((p[i], p[2], p[3] or 0, p[4]) for p in points if p[1 - i] == usual))
+            axis.errorbar(x, y, std, color=f"C{n}", fmt="o-", capsize=3, label=label)
             for left, right, lost in zip(x, [*x[1:], x[-1] * 1.5], gone):
                 if lost:
                     axis.axvspan(left, right, color="0.85", zorder=0)
-            if base:
-                axis.axhline(summary([r["linear"] for r in base.values() if "linear" in r])[0], color=f"C{i}",
-                             linestyle="--", label=f"{label.split()[0]}, baseline")
-        axis.set_xscale("symlog", linthresh=min(p["ks".index(varying)] for *_, points in lines.values() for p in points
-                                                if p["ks".index(varying)] > 0))
-        axis.set_xlabel(f"{varying}; grey: collapsed")
+        for method, mean in {(label.split()[0], summary([r["linear"] for r in base.values() if "linear" in r])[0])
+                             for label, base, _ in lines.values() if base}:
+            axis.axhline(mean, color="0.4", linestyle="--", label=f"{method}, baseline")
+        axis.set_xscale("symlog", linthresh=min(v for v in reach if v > 0))
+        axis.set_xlim(0 if min(reach) == 0 else min(reach) / 1.5, max(reach) * 1.5)
+        axis.set(xlabel=f"{'ks'[i]}; grey: collapsed", ylabel="linear probe, test accuracy %")
         axis.legend(fontsize=8)
-    else:
+    if not varying:
         names = [Path(name).name.removeprefix(NAME + "-") for name in table]
-        axis.barh(names[::-1], [t["linear"][0] for t in table.values()][::-1],
-                  xerr=[t["linear"][1] or 0 for t in table.values()][::-1], capsize=3)
-        axis.tick_params(axis="y", labelsize=6)
-    (axis.set_ylabel if varying else axis.set_xlabel)("linear probe, test accuracy %")
+        axes[0].barh(names[::-1], [t["linear"][0] for t in table.values()][::-1],
+                     xerr=[t["linear"][1] or 0 for t in table.values()][::-1], capsize=3)
+        axes[0].tick_params(axis="y", labelsize=6)
+        axes[0].set_xlabel("linear probe, test accuracy %")
     path = Path(os.path.commonpath([Path(r).absolute().parent for r in runs])) / "compare.png"
     save_figure(figure, path)
     print(f"drawn: {os.path.relpath(path)}")
