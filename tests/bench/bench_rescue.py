@@ -9,7 +9,7 @@ usual    the published style, as in lightly's examples: torchvision's transforms
          pass of its own, the momentum update as a loop over parameters, the mask-and-log-softmax NT-Xent,
          loss.item() every step (target: ours at least 1.5 times)
 
-They alternate in one run, at equal batch. On CUDA also the share of the measured matrix rate that the base step has.
+They alternate in one run, at equal batch. How near a step is to the hardware's limit: bench_train.py.
 """
 import argparse
 import copy
@@ -146,19 +146,6 @@ def seconds(runner, steps, device):
     return (time.perf_counter() - start) / steps
 
 
-def matrix_rate(device):
-    """bf16 operations a second of a large matrix product."""
-    x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    for _ in range(3):
-        x @ x
-    finish(device)
-    start = time.perf_counter()
-    for _ in range(10):
-        x @ x
-    finish(device)
-    return 10 * 2 * 8192 ** 3 / (time.perf_counter() - start)
-
-
 def bench(method, split, args, device):
     words = ["--method", method, "--no-baseline", "--batch-size", str(args.batch_size), *args.flags]
     base = Ours(R.settings([*words, "--rescue", "none"]), split, device)
@@ -171,12 +158,6 @@ def bench(method, split, args, device):
     ratio = [statistics.median(row[i] / row[0] for row in times) for i in (1, 2)]
     print(f"{method:7} base step {1000 * mid[0]:7.1f} ms, {args.batch_size / mid[0]:7.0f} images/s; with rescue, "
           f"k = {rescue.a.k}: {1000 * mid[1]:7.1f} ms, {ratio[0]:.3f} x (target 1.1); deepaug {ratio[1]:.3f} x")
-    if device.type == "cuda":
-        from torch.utils.flop_counter import FlopCounterMode
-        with FlopCounterMode(display=False) as counter:
-            base.step()
-        rate = counter.get_total_flops() / mid[0]
-        print(f"        {rate / 1e12:.1f} TFLOP/s: {100 * rate / matrix_rate(device):.1f} % of the matrix rate")
     workers = 2 if device.type == "cpu" else args.workers
     usual = Usual(copy.copy(base.a), split, device, args.steps * args.repeats, workers)
     for _ in range(workers + 1):
