@@ -767,14 +767,30 @@ def local_crops(images: Tensor, a) -> Tensor:
                       tuple(a.jitter), crop_max=max(a.crop_min, 0.05))
 
 
-def shear(x: Tensor, horizontal: float, vertical: float) -> Tensor:
-    """PIL's AFFINE (1, horizontal, 0, vertical, 1, 0) up to sign: about the upper left corner."""
-    degrees = [math.degrees(math.atan(horizontal)), math.degrees(math.atan(vertical))]
-    return TF.affine(x, 0.0, [0, 0], 1.0, degrees, center=[0, 0])
+def warp(x: Tensor, a, b, c, d, e, f) -> Tensor:
+    """PIL's transform(AFFINE), nearest neighbour: what stands at column u, row v of the result is x's pixel at column
+    a u + b v + c, row d u + e v + f, black outside; x uint8 [3, H, W]. (torchvision's, like its sharpness below, copies
+    a small tensor to the GPU, for which the host waits.)"""
+    height, width = x.shape[1:]
+    u, v = torch.arange(width, device=x.device) + 0.5, torch.arange(height, device=x.device).unsqueeze(1) + 0.5
+    column, row = (a * u + b * v + c).floor().long(), (d * u + e * v + f).floor().long()      # [H, W]
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    return x[:, row.clamp(0, height - 1), column.clamp(0, width - 1)] * inside
 
 
-def translate(x: Tensor, horizontal: float, vertical: float) -> Tensor:
-    return TF.affine(x, 0.0, [round(horizontal * x.shape[2]), round(vertical * x.shape[1])], 1.0, [0.0, 0.0])
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """About the centre, counterclockwise."""
+    sin, cos = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    v, u = x.shape[1] / 2, x.shape[2] / 2
+    return warp(x, cos, -sin, u - cos * u + sin * v, sin, cos, v - sin * u - cos * v)
+
+
+def sharpness(x: Tensor, factor: float) -> Tensor:
+    """PIL's: from its 3x3 filter SMOOTH (centre 5/13, neighbours 1/13; the border stays) to the picture itself."""
+    x = x.float()
+    smooth = x.clone()
+    smooth[:, 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[:, 1:-1, 1:-1]) / 13).round()
+    return smooth.lerp(x, factor).to(torch.uint8)
 
 
 # FixMatch's RandAugment (kekmodel randaugment.py:147): 14 operations on x, uint8 [3, H, W], and the range of strength v
@@ -786,21 +802,20 @@ OPERATIONS = {
     "Equalize": (0, 0, lambda x, v: TF.equalize(x)),
     "Identity": (0, 0, lambda x, v: x),
     "Posterize": (4, 9, lambda x, v: TF.posterize(x, int(v))),       # 4 to 8 bits stay
-    "Rotate": (-30, 30, TF.rotate),
-    "Sharpness": (0.05, 0.95, TF.adjust_sharpness),
-    "ShearX": (-0.3, 0.3, lambda x, v: shear(x, v, 0.0)),
-    "ShearY": (-0.3, 0.3, lambda x, v: shear(x, 0.0, v)),
+    "Rotate": (-30, 30, rotate),
+    "Sharpness": (0.05, 0.95, sharpness),
+    "ShearX": (-0.3, 0.3, lambda x, v: warp(x, 1, v, 0, 0, 1, 0)),
+    "ShearY": (-0.3, 0.3, lambda x, v: warp(x, 1, 0, 0, v, 1, 0)),
     "Solarize": (0, 256, lambda x, v: TF.solarize(x, min(v, 255.0))),
-    "TranslateX": (-0.3, 0.3, lambda x, v: translate(x, v, 0.0)),
-    "TranslateY": (-0.3, 0.3, lambda x, v: translate(x, 0.0, v))}
+    "TranslateX": (-0.3, 0.3, lambda x, v: warp(x, 1, 0, round(v * x.shape[2]), 0, 1, 0)),
+    "TranslateY": (-0.3, 0.3, lambda x, v: warp(x, 1, 0, 0, 0, 1, round(v * x.shape[1])))}
 
 
 def strong_views(images: Tensor, size: int) -> Tensor:
     """RandAugment and cutout: uint8 [k, 3, H, W] -> float32 [k, 3, size, size] in 0..1, every picture its own.
 
     Two of the 14 operations, each with probability .5, then always a grey square of half the side, cut at the border.
-    Parameters are drawn on the host; a loop, for k is small. (On CUDA torchvision's rotate, shear and translate make
-    the host wait for the device.)
+    Parameters are drawn on the host; a loop, for k is small.
     """
     k = len(images)
     whole = (to_unit(images, size) * 255).round().to(torch.uint8)

@@ -750,7 +750,7 @@ def affine(*six):
 
 
 # name: (published range, PIL's operation at strength v and width n, largest difference, share of pixels beyond it).
-# Enhancers round otherwise; of a nearest neighbour at exact halves either is right. Translations: published up to sign.
+# Enhancers round otherwise; of a nearest neighbour at exact halves either is right.
 PUBLISHED = {
     "AutoContrast": ((0, 0), lambda p, v, n: ImageOps.autocontrast(p), 1, 0),
     "Brightness": ((0.05, 0.95), lambda p, v, n: ImageEnhance.Brightness(p).enhance(v), 1, 0),
@@ -764,8 +764,8 @@ PUBLISHED = {
     "ShearX": ((-0.3, 0.3), lambda p, v, n: affine(1, v, 0, 0, 1, 0)(p), 0, 0.005),
     "ShearY": ((-0.3, 0.3), lambda p, v, n: affine(1, 0, 0, v, 1, 0)(p), 0, 0.005),
     "Solarize": ((0, 256), lambda p, v, n: ImageOps.solarize(p, min(v, 255)), 0, 0),
-    "TranslateX": ((-0.3, 0.3), lambda p, v, n: affine(1, 0, -round(v * n), 0, 1, 0)(p), 0, 0),
-    "TranslateY": ((-0.3, 0.3), lambda p, v, n: affine(1, 0, 0, 0, 1, -round(v * n))(p), 0, 0)}
+    "TranslateX": ((-0.3, 0.3), lambda p, v, n: affine(1, 0, round(v * n), 0, 1, 0)(p), 0, 0),
+    "TranslateY": ((-0.3, 0.3), lambda p, v, n: affine(1, 0, 0, 0, 1, round(v * n))(p), 0, 0)}
 
 
 def test_the_table_of_operations_is_the_published_one():
