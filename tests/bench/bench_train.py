@@ -5,18 +5,19 @@
     python tests/bench/bench_train.py --start-up                  # seconds from `python SCRIPT` to its first step
     python tests/bench/bench_train.py --count --ceilings 788 4300 # no GPU: operations, bytes, the floor they set
 
-Every row is a script's main() with flags, up to its train(), which then runs with those very arguments a few times:
-once alone for the speed; once with marks before and after views, forward, backward, optimizer (CUDA events, no waiting;
-"loss" is what Rescue.forward or the loss functions do, "rest" what lies between); on CUDA once more for the host syncs
-of the steps that don't log (must be none) and the profiler's sum of kernels. First the two ceilings of the machine: a
-large matrix product (bf16 on CUDA, float32 on the CPU) and a large copy. "of rate": the operations of all matrix
-products and convolutions of a step, over its time, over the first ceiling.
+Every row is a script's main(), at the papers' sizes (on the CPU, but for --count, at those of its default run), up to
+train(), which then runs with those very arguments a few times: once alone for the speed; once with marks before and
+after views, forward, backward, optimizer (CUDA events, no waiting; "loss" is what Rescue.forward or the loss functions
+do, "rest" what lies between); on CUDA once more for the host syncs of the steps that don't log (must be none) and the
+profiler's sum of kernels. First the two ceilings of the machine: a large matrix product (bf16 on CUDA, float32 on the
+CPU) and a large copy. "of rate": the operations of all matrix products and convolutions of a step, over its time, over
+the first ceiling.
 
 "floor": the sum over all operators of a step, as dispatched eagerly, of the longer of operations / matrix rate and
 bytes / copy rate, each input read once and each output written once; eager code cannot be faster, fused code can.
---compile adds a row compiled and one compiled with CUDA graphs (mode "reduce-overhead": worth it where kernels fill
-much less than the step). --count takes operations and bytes from a run on the CPU under bf16 autocast at two
-small batches and extrapolates them to the row's batch.
+--compile adds a row compiled and on CUDA one compiled with CUDA graphs (mode "reduce-overhead": worth it where kernels
+fill much less than the step). --count takes operations, bytes and the number of operators, each at least one launch,
+from a run on the CPU under bf16 autocast at two small batches and extrapolates them to the row's batch.
 """
 import argparse
 import contextlib
@@ -48,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
 from bench_views import finish, header  # noqa: E402
 
-# row: (script, flags, flags of --quick). The sizes are those of the papers' runs, on pictures and sentences made here.
+# row: (script, flags, flags on the CPU). The sizes are the papers' and the default runs', on data made here.
 TEXT = next((["--train-file", str(f)] for f in [ROOT / "data/text/wiki1m_first11914.txt"] if f.exists()), [])
 ROWS = {
     "simclr": ("simclr_deepaug", "--arch resnet18 --batch-size 1024", "--batch-size 64"),
@@ -171,9 +172,10 @@ class Enough(Exception):
 
 class Training:
     """The train() of a script, with the arguments that main(flags) calls it with."""
-    def __init__(self, row, device, more=(), quick=False):
-        script, flags, quick_flags = ROWS[row]
-        words = (quick_flags if quick else flags).split() + (TEXT if script == "simcse_deepaug" and not quick else [])
+    def __init__(self, row, device, more=(), small=False):
+        script, large_flags, small_flags = ROWS[row]
+        words = (small_flags if small else large_flags).split()
+        words += TEXT if script == "simcse_deepaug" and not small else []
         self.module, self.device = importlib.import_module(script), device
         self.train, self.folder = self.module.train, tempfile.TemporaryDirectory()
 
@@ -292,8 +294,8 @@ class Training:
 
 
 def counted(row, args):
-    """(FLOPs, bytes, floor in seconds or nan) of a step under bf16 autocast, from two small batches on the CPU: each
-    is a + b * batch, but for NT-Xent's small square."""
+    """(batch, FLOPs, bytes, seconds of the floor, operators) of a step under bf16 autocast, from two small batches on
+    the CPU: each number is a + b * batch, but for NT-Xent's small square."""
     real = torch.autocast
 
     def always(device_type, dtype=None, enabled=True):              # train() asks for it on CUDA alone
@@ -303,16 +305,16 @@ def counted(row, args):
         for batch in SMALL:
             training = Training(row, torch.device("cpu"), ["--batch-size", str(batch)], args.quick)
             rows = training.work()
-            sums.append([sum(r[1] for r in rows), sum(r[2] for r in rows), floor_seconds(rows, *rates)])
-    batch = Training(row, torch.device("cpu"), quick=args.quick).a.batch_size
+            sums.append([sum(r[1] for r in rows), sum(r[2] for r in rows), floor_seconds(rows, *rates), len(rows)])
+    batch = Training(row, torch.device("cpu"), small=args.quick).a.batch_size
     return batch, *(x + (y - x) * (batch - SMALL[0]) / (SMALL[1] - SMALL[0]) for x, y in zip(*sums))
 
 
-def first_step(row, device, quick):
+def first_step(row, device, small):
     """Seconds from `python SCRIPT FLAGS` to the end of its first step: when its first checkpoint appears."""
-    script, flags, quick_flags = ROWS[row]
+    script, large_flags, small_flags = ROWS[row]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, f"{script}.py", *(quick_flags if quick else flags).split(), "--device", device.type,
+        words = [sys.executable, f"{script}.py", *(small_flags if small else large_flags).split(), "--device", device.type,
                  "--out", f"{folder}/run", "--save-every", "0"]
         start = time.perf_counter()
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -370,26 +372,28 @@ def main(argv=None):
     p.add_argument("--count", action="store_true", help="only operations, bytes and floor, counted on the CPU")
     p.add_argument("--ceilings", type=float, nargs=2, default=[788, 4300], metavar=("TFLOP/s", "GB/s"),
                    help="for --count: those measured on an H200")
-    p.add_argument("--quick", action="store_true", help="small networks, few steps: does it run?")
+    p.add_argument("--quick", action="store_true", help="few steps, for --count small networks: does it run?")
     args = p.parse_args(argv)
     if args.quick:
         args.steps, args.repeats = 2, 1
     device, results, failed = torch.device(args.device), {}, False
+    args.small = args.quick or args.device == "cpu"
     torch.manual_seed(0)
 
     if args.start_up:
         header(device)
         for row in args.rows:
-            results[row] = first_step(row, device, args.quick)
+            results[row] = first_step(row, device, args.small)
             print(f"{row:12} first step after {results[row]:5.1f} s (target 20)", flush=True)
         return results
     if args.count:
         header(device, matrix_rate=f"{args.ceilings[0]:.0f} TFLOP/s", copy=f"{args.ceilings[1]:.0f} GB/s")
-        print(f"{'row':12}{'batch':>6}{'GFLOP':>9}{'GB':>8}{'floor ms':>10}{'images/s':>10}{'of rate':>9}, at most")
+        print(f"{'row':12}{'batch':>6}{'GFLOP':>9}{'GB':>8}{'floor ms':>10}{'images/s':>10}{'of rate':>9} at most"
+              f"{'operators':>11}")
         for row in args.rows:
-            batch, flops, moved, floor = results[row] = counted(row, args)
+            batch, flops, moved, floor, operators = results[row] = counted(row, args)
             print(f"{row:12}{batch:6}{flops / 1e9:9.0f}{moved / 1e9:8.2f}{1000 * floor:10.2f}{batch / floor:10.0f}"
-                  f"{100 * flops / floor / args.ceilings[0] / 1e12:8.1f}%", flush=True)
+                  f"{100 * flops / floor / args.ceilings[0] / 1e12:8.1f}%{operators:19.0f}", flush=True)
         return results
 
     limits = ceilings(device, args.quick)
@@ -398,9 +402,9 @@ def main(argv=None):
     print(f"{'row':12}{'':9}{'batch':>6}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ms':>9}"
           + "".join(f"{p[:7]:>8}" for p in PARTS) + f"{'GFLOP':>9}{'of rate':>8}{'floor':>8}"
           + (f"{'kernels':>9}{'syncs':>6}{'GiB':>7}" if device.type == "cuda" else ""))
-    sizes = [["--batch-size", str(b)] for b in ((32, 64) if args.quick else (256, 512, 1024, 2048, 4096, 8192))]
+    sizes = [["--batch-size", str(b)] for b in ((32, 64) if args.small else (256, 512, 1024, 2048, 4096, 8192))]
     for row, more in itertools.product(["simclr"], sizes) if args.sweep else itertools.product(args.rows, [[]]):
-        training = Training(row, device, more, args.quick)
+        training = Training(row, device, more, args.small)
         ways = ["", "compiled", "graphs"][:3 if device.type == "cuda" else 2] if args.compile else [""]
         for compiled in ways:
             try:
