@@ -22,6 +22,35 @@ def same_bits(a, b) -> bool:
         return len(a) == len(b) and all(map(same_bits, a, b))
     return a == b
 
+class Trap:
+    """Unpickled, it runs code."""
+    def __reduce__(self):
+        return eval, ("open('sprung', 'w')",)
+
+
+@pytest.fixture
+def refused(request, capsys):
+    """refused(words): main(words) of the module's SCRIPT leaves with code 2, one line on stderr (a bar may have wiped
+    itself away) and no new file here but in runs/text, where sentences are prepared. Returns the line."""
+    script = request.module.SCRIPT
+
+    def files():
+        return sorted(p for p in Path().rglob("*") if Path("runs/text") not in (p, *p.parents) and p != Path("runs"))
+
+    def call(words):
+        before = files()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            script.main([str(w) for w in words])
+        lines = [line.rsplit("\r")[-1] for line in capsys.readouterr().err.split("\n") if line.strip()]
+        assert end.value.code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"{script.NAME}.py: error: ")
+        assert files() == before, "a refused command wrote something"
+        return lines[0]
+    return call
+
+
 @pytest.fixture
 def cli(tmp_path):
     """cli("simclr_deepaug.py", "--layer", "9") -> finished process (text), run as a user would, in tmp_path."""

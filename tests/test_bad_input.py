@@ -1,12 +1,13 @@
 """Bad input gets one line on stderr that says what is wrong and what to do, exit code 2, and no run folder."""
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import Trap
 
 import simclr_deepaug as S
 
+SCRIPT = S
 FOLDER = ["--dataset", "folder", "--data-dir", "few", "--workers", "0", "--device", "cpu", "--epochs", "1",
           "--batch-size", "32"]
 
@@ -16,19 +17,6 @@ def here(tmp_path, monkeypatch, few):
     """Every test works in an empty folder that holds a link `few` to the drawn pictures."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few").symlink_to(few)
-
-
-def refused(capsys, words) -> str:
-    """Run main(words); it must leave with code 2, one line on stderr and no new file here. Returns the line."""
-    before = sorted(p.name for p in Path().iterdir())
-    with pytest.raises(SystemExit) as end:
-        S.main([str(w) for w in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert end.value.code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("simclr_deepaug.py: error: ")
-    assert sorted(p.name for p in Path().iterdir()) == before, "a refused command wrote something"
-    return lines[0]
 
 
 @pytest.mark.parametrize("words, says", [
@@ -80,58 +68,58 @@ def refused(capsys, words) -> str:
     ("--transfer cifar10", ["cifar10", "--download"]),           # told before training, not after it
     ("--compare nowhere", ["--compare"]),
 ])
-def test_refused_flags(capsys, words, says):
-    line = refused(capsys, [*FOLDER, *words.split()])
+def test_refused_flags(refused, words, says):
+    line = refused([*FOLDER, *words.split()])
     for part in says:
         assert part in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_cuda_absent(capsys):
-    line = refused(capsys, ["--device", "cuda"])
+def test_cuda_absent(refused):
+    line = refused(["--device", "cuda"])
     assert "--device cuda" in line and "--device cpu" in line
 
 
-def test_compile_without_a_compiler(capsys, monkeypatch):
+def test_compile_without_a_compiler(refused, monkeypatch):
     """torch.compile on the CPU needs a C++ compiler: without one a line says so, no page of traceback."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    assert "--compile" in refused(capsys, [*FOLDER, "--compile"])
+    assert "--compile" in refused([*FOLDER, "--compile"])
 
 
-def test_folder_missing_empty_or_without_train(capsys, tmp_path):
+def test_folder_missing_empty_or_without_train(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("no picture")
     (tmp_path / "half" / "test").mkdir(parents=True)
     for name, part in (("nowhere", "no such folder"), ("empty", "no pictures"), ("text", "no pictures"),
                        ("half", "no pictures")):
-        line = refused(capsys, ["--dataset", "folder", "--data-dir", name])
+        line = refused(["--dataset", "folder", "--data-dir", name])
         assert part in line and name in line
 
 
-def test_folder_of_broken_pictures(capsys, tmp_path):
+def test_folder_of_broken_pictures(refused, tmp_path):
     (tmp_path / "broken").mkdir()
     for i in range(3):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\nnot much more")
-    assert "can be read" in refused(capsys, ["--dataset", "folder", "--data-dir", "broken"])
+    assert "can be read" in refused(["--dataset", "folder", "--data-dir", "broken"])
 
 
-def test_cifar_missing_and_damaged(capsys, tmp_path):
+def test_cifar_missing_and_damaged(refused, tmp_path):
     """A missing or truncated copy gets a line that names --download."""
-    assert "--download" in refused(capsys, ["--dataset", "cifar10"])
+    assert "--download" in refused(["--dataset", "cifar10"])
     (tmp_path / "cifar-100-python").mkdir()
     for name in ("train", "test", "meta"):
         (tmp_path / "cifar-100-python" / name).write_bytes(b"\x80\x04half of a file")
-    line = refused(capsys, ["--dataset", "cifar100", "--data-dir", tmp_path])
+    line = refused(["--dataset", "cifar100", "--data-dir", tmp_path])
     assert "--download" in line and "cifar100" in line
 
 
-def test_supervised_without_labels(capsys, tmp_path, few):
+def test_supervised_without_labels(refused, tmp_path, few):
     (tmp_path / "flat").mkdir()
     for i, picture in enumerate(sorted(few.rglob("*.png"))[::8]):
         shutil.copy(picture, tmp_path / "flat" / f"{i}.png")
-    line = refused(capsys, ["--dataset", "folder", "--data-dir", "flat", "--workers", 0, "--objective", "supervised",
+    line = refused(["--dataset", "folder", "--data-dir", "flat", "--workers", 0, "--objective", "supervised",
                             "--batch-size", 8])
     assert "--objective supervised" in line and "folder" in line
 
@@ -145,7 +133,7 @@ def checkpoint(path, **changes):
                 "optimizer": {}, "metrics": [], "seconds": 0.0, **changes}, path)
 
 
-def test_init_missing_corrupt_foreign_or_of_other_sizes(capsys, tmp_path):
+def test_init_missing_corrupt_foreign_or_of_other_sizes(refused, tmp_path):
     checkpoint(tmp_path / "good.pt")
     checkpoint(tmp_path / "other.pt", script="vicreg_probe")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:5000])
@@ -159,19 +147,14 @@ def test_init_missing_corrupt_foreign_or_of_other_sizes(capsys, tmp_path):
                               ("bare.pt", [], "damaged"), ("other.pt", [], "vicreg_probe"),
                               ("good.pt", ["--arch", "resnet18"], "--arch"), ("good.pt", ["--head-layers", 3], "--"),
                               ("good.pt", ["--objective", "supervised"], "--")):
-        line = refused(capsys, [*words, name, *flags])
+        line = refused([*words, name, *flags])
         assert part in line and name.removesuffix(".pt") in line
 
 
-class Trap:
-    def __reduce__(self):
-        return eval, ("open('sprung', 'w')",)
-
-
-def test_init_runs_no_code_of_the_file(capsys, tmp_path):
+def test_init_runs_no_code_of_the_file(refused, tmp_path):
     """Files are loaded with weights_only: a pickle that would run code is refused and its code does not run."""
     torch.save({"script": S.NAME, "model": Trap()}, tmp_path / "trap.pt")
-    assert "damaged" in refused(capsys, [*FOLDER, "--init", "trap.pt"])
+    assert "damaged" in refused([*FOLDER, "--init", "trap.pt"])
     assert not (tmp_path / "sprung").exists()
 
 

@@ -1,12 +1,13 @@
 """topk_rescue.py: bad input gets one line on stderr that says what is wrong, exit code 2, and nothing written."""
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import Trap
 
 import topk_rescue as R
 
+SCRIPT = R
 FOLDER = ["--dataset", "folder", "--data-dir", "tiny", "--image-size", "32", "--workers", "0", "--device", "cpu",
           "--epochs", "1", "--batch-size", "32", "--projector", "32", "16", "--prototypes", "32", "--local-crops", "2"]
 VIT = "--method dinov2"
@@ -33,19 +34,6 @@ def here(tmp_path, monkeypatch, tiny):
         raise AssertionError("long work has begun")
     for name in ("common_view", "encode", "draw_shapes"):
         monkeypatch.setattr(R, name, work)
-
-
-def refused(capsys, words) -> str:
-    """Run main(words); it must leave with code 2, one line on stderr and no new file here. Returns the line."""
-    before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as end:
-        R.main([str(w) for w in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert end.value.code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("topk_rescue.py: error: ")
-    assert sorted(Path().rglob("*")) == before, "a refused command wrote something"
-    return lines[0]
 
 
 @pytest.mark.parametrize("words, says", [
@@ -139,15 +127,15 @@ def refused(capsys, words) -> str:
     ("--data-dir nowhere", ["nowhere", "no such folder"]),
     ("--dataset cifar100 --data-dir .", ["cifar100", "--download"]),
 ])
-def test_refused_flags(capsys, words, says):
-    line = refused(capsys, [*FOLDER, *words.split()])
+def test_refused_flags(refused, words, says):
+    line = refused([*FOLDER, *words.split()])
     for part in says:
         assert part in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_cuda_absent(capsys):
-    line = refused(capsys, ["--device", "cuda"])
+def test_cuda_absent(refused):
+    line = refused(["--device", "cuda"])
     assert "--device cuda" in line and "--device cpu" in line
 
 
@@ -159,9 +147,9 @@ def test_cuda_absent(capsys):
     ("--no-baseline --k 2 --sweep k 2 4", "--sweep"),
     ("--no-baseline --k 2 --download", "--download"),
 ])
-def test_what_several_processes_cannot_do(capsys, monkeypatch, words, says):
+def test_what_several_processes_cannot_do(refused, monkeypatch, words, says):
     monkeypatch.setenv("WORLD_SIZE", "2")                            # as torchrun sets it
-    assert says in refused(capsys, [*FOLDER, *words.split()])
+    assert says in refused([*FOLDER, *words.split()])
 
 
 @pytest.mark.parametrize("rescue", ["none", "all"])
@@ -183,13 +171,13 @@ def test_the_ends_of_the_ranges_are_not_refused(words):
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-def test_folder_empty_or_of_broken_pictures(capsys, tmp_path):
+def test_folder_empty_or_of_broken_pictures(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     for i in range(3):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\nnot much more")
-    assert "no pictures" in refused(capsys, [*FOLDER, "--data-dir", "empty"])
-    assert "can be read" in refused(capsys, [*FOLDER, "--data-dir", "broken"])
+    assert "no pictures" in refused([*FOLDER, "--data-dir", "empty"])
+    assert "can be read" in refused([*FOLDER, "--data-dir", "broken"])
 
 
 def test_a_broken_picture_is_no_reason_to_stop(capsys, tmp_path, tiny):
@@ -223,40 +211,35 @@ def state(tmp_path):
     "--k 3", "--s 2", "--rescue random", "--strong deepaug", "--layer 1", "--lr 0.037", "--batch-size 30", "--seed 5",
     "--epochs 20", "--no-stop-grad", "--arch resnet18", "--jitter 0.1 0.1 0.1 0.1", "--blur 0.5", "--method mocov3",
     "--data-dir tiny/class0"])
-def test_resume_with_other_flags_is_refused_naming_them(capsys, state, change):
-    line = refused(capsys, [*PLAIN, "--out", "run", "--resume", *change.split()])
+def test_resume_with_other_flags_is_refused_naming_them(refused, state, change):
+    line = refused([*PLAIN, "--out", "run", "--resume", *change.split()])
     assert "other flags" in line and change.split()[0].replace("--no-", "--") in line
 
 
-def test_resume_with_other_pictures_is_refused(capsys, tmp_path, state):
+def test_resume_with_other_pictures_is_refused(refused, tmp_path, state):
     torch.save({**state, "data": 300}, tmp_path / "run" / "checkpoint.pt")
-    line = refused(capsys, [*PLAIN, "--out", "run", "--resume"])
+    line = refused([*PLAIN, "--out", "run", "--resume"])
     assert "300" in line and "36" in line
 
 
-class Trap:
-    def __reduce__(self):
-        return eval, ("open('sprung', 'w')",)
-
-
 @pytest.mark.parametrize("words", ["--out run --resume", "--init run"])
-def test_damaged_and_foreign_checkpoints_are_refused(capsys, tmp_path, state, words):
+def test_damaged_and_foreign_checkpoints_are_refused(refused, tmp_path, state, words):
     """Truncated, not a checkpoint, without its parts, of another script, or one whose pickle would run code."""
     file, words = tmp_path / "run" / "checkpoint.pt", [*PLAIN, *words.split()]
     whole = file.read_bytes()
     for content in (whole[:len(whole) // 2], whole[:-100], b"", b"hello"):
         file.write_bytes(content)
-        assert "damaged" in refused(capsys, words) and file.read_bytes() == content
+        assert "damaged" in refused(words) and file.read_bytes() == content
     for content, says in [([1, 2], "damaged"), ({**state, "script": "simclr_deepaug"}, "simclr_deepaug"),
                           ({"script": R.NAME, "model": Trap()}, "damaged"),
                           *(({k: v for k, v in state.items() if k != part}, "damaged") for part in
                             ("config", "model", "optimizer", "step"))]:
         torch.save(content, file)
-        assert says in refused(capsys, words)
+        assert says in refused(words)
 
 
 @pytest.mark.parametrize("words", ["--arch resnet18", "--projector 16 8", "--method mocov3", "--method dinov2",
                                    "--arch vit-tiny"])
-def test_init_of_other_sizes(capsys, state, words):
-    line = refused(capsys, [*PLAIN, "--init", "run", *words.split()])
+def test_init_of_other_sizes(refused, state, words):
+    line = refused([*PLAIN, "--init", "run", *words.split()])
     assert "--init run" in line and "--method" in line

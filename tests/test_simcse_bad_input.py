@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import Trap
 from safetensors.torch import load_file, save_file
 from test_simcse_run import TASKS, write_sts, write_text
 
 import simcse_deepaug as S
 
+SCRIPT = S
 SMALL = ["--depth", "2", "--width", "32", "--vocab-size", "300", "--batch-size", "16", "--layer", "2", "--epochs", "1",
          "--device", "cpu"]
 TEXT, STS = ["--train-file", "text.txt"], ["--sts-dir", "sts"]
@@ -40,20 +42,6 @@ def here(tmp_path, monkeypatch, made):
     monkeypatch.chdir(tmp_path)
     shutil.copy(made / "text.txt", tmp_path)
     (tmp_path / "sts").symlink_to(made / "sts")
-
-
-def refused(capsys, words) -> str:
-    """main(words) must leave with code 2, one line on stderr (a bar may have wiped itself away) and without a run
-    folder. Returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        S.main([str(w) for w in words])
-    lines = [line.rsplit("\r")[-1] for line in capsys.readouterr().err.split("\n")]
-    assert end.value.code == 2
-    assert len(lines) == 2 and lines[1] == "", lines
-    assert lines[0].startswith("simcse_deepaug.py: error: ")
-    assert not list(Path().rglob("config.json.part")) and not list(Path().glob("runs/simcse*"))
-    return lines[0]
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -110,27 +98,27 @@ def refused(capsys, words) -> str:
     ("--learning-speed 3", ["--learning-speed", "--help"]),
     ("--compare nowhere", ["--compare"]),
 ])
-def test_refused_flags(capsys, words, says):
-    line = refused(capsys, [*SMALL, *TEXT, *words.split()])
+def test_refused_flags(refused, words, says):
+    line = refused([*SMALL, *TEXT, *words.split()])
     for part in says:
         assert part in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_cuda_absent(capsys):
-    line = refused(capsys, ["--device", "cuda"])
+def test_cuda_absent(refused):
+    line = refused(["--device", "cuda"])
     assert "--device cuda" in line and "--device cpu" in line
 
 
-def test_compile_without_a_compiler(capsys, monkeypatch):
+def test_compile_without_a_compiler(refused, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    assert "--compile" in refused(capsys, [*SMALL, "--compile"])
+    assert "--compile" in refused([*SMALL, "--compile"])
 
 
-def test_a_batch_that_the_processes_cannot_share(capsys, monkeypatch):
+def test_a_batch_that_the_processes_cannot_share(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "--batch-size 16 must be a multiple of the 3 processes" in refused(capsys, [*SMALL, *TEXT])
+    assert "--batch-size 16 must be a multiple of the 3 processes" in refused([*SMALL, *TEXT])
 
 
 # --- training sentences -----------------------------------------------------------------------------------------------
@@ -141,7 +129,7 @@ def test_a_batch_that_the_processes_cannot_share(capsys, monkeypatch):
     (b"good\n\ncaf\xe9\nmore\n", "line 3: not UTF-8"), ("folder", "cannot be read"),
     (b"one sentence\nand another one\n", "--batch-size 16 is more than the 2"),
     ("dz\u0142o\n".encode("utf-16"), "line 1: not UTF-8")], ids=str)
-def test_train_file(capsys, made, model, content, says):
+def test_train_file(refused, made, model, content, says):
     """Empty, blank, missing, a folder, too short or not UTF-8 (the line is named), with and without a vocabulary to
     learn from it."""
     if content == "folder":
@@ -149,7 +137,7 @@ def test_train_file(capsys, made, model, content, says):
     elif content is not None:
         Path("bad.txt").write_bytes(content)
     words = [*SMALL, "--train-file", "bad.txt", "--model", "small" if model == "small" else made / "model"]
-    line = refused(capsys, words)
+    line = refused(words)
     assert says in line and ("bad.txt" in line or "--batch-size" in line)
     assert not list(Path().rglob("*.part")), "half-made files are left"
 
@@ -193,18 +181,18 @@ def lose_tokenizer():
     (lose_weights, "lack"),
 ], ids=["no weights", "cut weights", "empty weights", "no config", "cut config", "no tokenizer", "cut tokenizer",
         "gpt2", "unknown type", "more layers in the config", "other sizes", "small vocabulary", "a layer's weights"])
-def test_model_folder(capsys, made, damage, says):
+def test_model_folder(refused, made, damage, says):
     shutil.copytree(made / "model", "model")
     damage()
-    line = refused(capsys, [*SMALL, *TEXT, "--model", "model"])
+    line = refused([*SMALL, *TEXT, "--model", "model"])
     assert "--model model" in line and says in line
 
 
-def test_model_folder_missing(capsys):
-    assert "./no/such/folder" in refused(capsys, [*SMALL, *TEXT, "--model", "./no/such/folder"])
+def test_model_folder_missing(refused):
+    assert "./no/such/folder" in refused([*SMALL, *TEXT, "--model", "./no/such/folder"])
 
 
-def test_mask_token_missing(capsys, made):
+def test_mask_token_missing(refused, made):
     """Without [MASK] no masked-language modelling; --no-mlm is named, and works."""
     shutil.copytree(made / "model", "model")
     file = Path("model/tokenizer_config.json")
@@ -213,7 +201,7 @@ def test_mask_token_missing(capsys, made):
     if transformers.AutoTokenizer.from_pretrained("model").mask_token_id is not None:
         pytest.skip("this transformers gives BERT's tokenizer a [MASK] of its own accord")
     words = [*SMALL, *TEXT, "--model", "model"]
-    assert "--no-mlm" in refused(capsys, words)
+    assert "--no-mlm" in refused(words)
     assert S.main([*words, "--no-mlm", "--eval-only", *STS])["sts_tasks"] == 7
 
 
@@ -267,11 +255,11 @@ BENCHMARK, SICK = "STS/STSBenchmark/sts-test.csv", "SICK/SICK_test_annotated.txt
     (SICK, lambda x: [x[0], b"1\ta b\tc d\tinf\tNEUTRAL\n", *x[2:]], ["SICK_test_annotated.txt, line 2", "'inf'"]),
     (SICK, lambda x: x[:1], ["SICK_test_annotated.txt", "no scored pair"]),
 ])
-def test_sts_files(capsys, made, file, change, says):
+def test_sts_files(refused, made, file, change, says):
     """Wrong line counts, scores that are no numbers, missing cells: the file and the line are named."""
     own_sts(made)
     change_lines(file, change)
-    line = refused(capsys, [*SMALL, *TEXT, *STS, "--model", made / "model"])
+    line = refused([*SMALL, *TEXT, *STS, "--model", made / "model"])
     for part in says:
         assert part in line
 
@@ -289,44 +277,39 @@ def test_pairs_without_a_score_are_left_out_and_other_line_ends_are_read(made):
     assert len(first) == len(golds) == 11 and scored(made)["STS13"] != before["STS13"]
 
 
-def test_sts_dir_without_any_task_or_without_dev(capsys, made):
+def test_sts_dir_without_any_task_or_without_dev(refused, made):
     Path("empty").mkdir()
     for name in ("empty", "nowhere"):
-        line = refused(capsys, [*SMALL, *TEXT, "--sts-dir", name])
+        line = refused([*SMALL, *TEXT, "--sts-dir", name])
         assert f"--sts-dir {name}" in line and "SentEval" in line
     own_sts(made)
     Path("sts/STS/STSBenchmark/sts-dev.csv").unlink()
     words = [*SMALL, *TEXT, *STS, "--model", made / "model"]
-    assert "dev pairs" in refused(capsys, [*words, "--select", "dev"])
-    assert "--layer auto" in refused(capsys, [*words, "--layer", "auto"])
+    assert "dev pairs" in refused([*words, "--select", "dev"])
+    assert "--layer auto" in refused([*words, "--layer", "auto"])
     Path("sts/STS/STSBenchmark/sts-train.csv").unlink()
-    assert "training pairs" in refused(capsys, [*words, "--objective", "supervised"])
+    assert "training pairs" in refused([*words, "--objective", "supervised"])
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
-def test_resume_damaged_or_foreign_checkpoints(capsys, made):
+def test_resume_damaged_or_foreign_checkpoints(refused, made):
     """Cut, empty, not a checkpoint, without its parts, of another script: one line, and the file is kept."""
     Path("run").mkdir()
     file, words = Path("run/checkpoint.pt"), [*SMALL, *TEXT, "--out", "run", "--resume"]
     whole, state = (made / "checkpoint.pt").read_bytes(), torch.load(made / "checkpoint.pt")
     for content in (whole[:len(whole) // 2], whole[:-100], b"", b"hello", bytes(len(whole))):
         file.write_bytes(content)
-        line = refused(capsys, words)
+        line = refused(words)
         assert "damaged" in line and "checkpoint.pt" in line and file.read_bytes() == content
     torch.save({**state, "script": "simclr_deepaug"}, file)
-    assert "written by simclr_deepaug.py" in refused(capsys, words)
+    assert "written by simclr_deepaug.py" in refused(words)
     for part in ("config", "data", "model", "optimizer", "step"):
         torch.save({k: v for k, v in state.items() if k != part}, file)
-        assert "damaged" in refused(capsys, words)
+        assert "damaged" in refused(words)
 
 
-class Trap:
-    def __reduce__(self):
-        return eval, ("open('sprung', 'w')",)
-
-
-def test_init_missing_corrupt_foreign_or_of_other_sizes(capsys, made):
+def test_init_missing_corrupt_foreign_or_of_other_sizes(refused, made):
     """The line names the file; loading runs no code that a file holds."""
     shutil.copy(made / "checkpoint.pt", "good.pt")
     state = torch.load("good.pt")
@@ -338,7 +321,7 @@ def test_init_missing_corrupt_foreign_or_of_other_sizes(capsys, made):
                               ("trap.pt", [], "damaged"), ("other.pt", [], "vicreg_probe"),
                               ("good.pt", ["--width", 64], "--width"), ("good.pt", ["--depth", 3], "--"),
                               ("good.pt", ["--vocab-size", 200], "--")):
-        line = refused(capsys, [*SMALL, *TEXT, "--init", name, *flags])
+        line = refused([*SMALL, *TEXT, "--init", name, *flags])
         assert part in line and name.removesuffix(".pt") in line
     assert not Path("sprung").exists()
 

@@ -1,13 +1,14 @@
 """vicreg_probe.py: bad input gets one line on stderr that says what is wrong, exit code 2, and nothing written."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import Trap
 
 import vicreg_probe as V
 
+SCRIPT = V
 pytestmark = pytest.mark.filterwarnings("ignore:Encountering a list")
 FOLDER = ["--dataset", "folder", "--data-dir", "few", "--workers", "0", "--device", "cpu", "--epochs", "1",
           "--batch-size", "36", "--arch", "RES-1-8", "--projector", "16", "16", "--sample-level", "0", "0", "0",
@@ -24,19 +25,6 @@ def here(tmp_path, monkeypatch, few):
         raise AssertionError("long work has begun")
     for name in ("train_views", "random_targets", "layer_features", "draw_shapes"):
         monkeypatch.setattr(V, name, work)
-
-
-def refused(capsys, words) -> str:
-    """Run main(words); it must leave with code 2, one line on stderr and no new file here. Returns the line."""
-    before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as end:
-        V.main([str(w) for w in words])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert end.value.code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("vicreg_probe.py: error: ")
-    assert sorted(Path().rglob("*")) == before, "a refused command wrote something"
-    return lines[0]
 
 
 @pytest.mark.parametrize("words, says", [
@@ -116,23 +104,23 @@ def refused(capsys, words) -> str:
     ("--encoder .", ["--encoder ."]),
     ("--figures nowhere", ["--figures nowhere", "probes.csv"]),
 ])
-def test_refused_flags(capsys, words, says):
-    line = refused(capsys, [*FOLDER, *words.split()])
+def test_refused_flags(refused, words, says):
+    line = refused([*FOLDER, *words.split()])
     for part in says:
         assert part in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_cuda_absent(capsys):
-    line = refused(capsys, ["--device", "cuda"])
+def test_cuda_absent(refused):
+    line = refused(["--device", "cuda"])
     assert "--device cuda" in line and "--device cpu" in line
 
 
 @pytest.mark.parametrize("words, says", [("--seeds 0 1", "--seeds"), ("--batch-size 37", "--batch-size 37"),
                                          ("--encoder x.pt", "--encoder")])
-def test_what_several_processes_cannot_do(capsys, monkeypatch, words, says):
+def test_what_several_processes_cannot_do(refused, monkeypatch, words, says):
     monkeypatch.setenv("WORLD_SIZE", "2")                            # as torchrun sets it
-    assert says in refused(capsys, [*FOLDER, *words.split()])
+    assert says in refused([*FOLDER, *words.split()])
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -144,32 +132,32 @@ def test_what_several_processes_cannot_do(capsys, monkeypatch, words, says):
     ("--sample-level 5 2 1 --objective supervised-autoaugment", "--objective supervised-autoaugment"),
     ("--sample-level 0 0 0", "nothing to probe"),
 ])
-def test_labels_missing_for_what_needs_them(capsys, tmp_path, few, words, says):
+def test_labels_missing_for_what_needs_them(refused, tmp_path, few, words, says):
     """Pictures without class folders."""
     (tmp_path / "flat").mkdir()
     for i, picture in enumerate(sorted(few.rglob("*.png"))[::5]):
         shutil.copy(picture, tmp_path / "flat" / f"{i}.png")
-    line = refused(capsys, [*FOLDER, "--data-dir", "flat", "--batch-size", 8, *words.split()])
+    line = refused([*FOLDER, "--data-dir", "flat", "--batch-size", 8, *words.split()])
     assert says in line and "class folders" in line
 
 
-def test_a_class_with_one_picture(capsys, tmp_path, few):
+def test_a_class_with_one_picture(refused, tmp_path, few):
     for part in ("train", "test"):
         for name, pictures in (("many", 20), ("lonely", 1)):
             (tmp_path / "odd" / part / name).mkdir(parents=True)
             for i, picture in enumerate(sorted(few.rglob("*.png"))[:pictures]):
                 shutil.copy(picture, tmp_path / "odd" / part / name / f"{i}.png")
-    line = refused(capsys, [*FOLDER, "--data-dir", "odd", "--batch-size", 8])
+    line = refused([*FOLDER, "--data-dir", "odd", "--batch-size", 8])
     assert "lonely has 1 of the 21" in line and "two of every class" in line
 
 
-def test_folder_empty_or_of_broken_pictures(capsys, tmp_path):
+def test_folder_empty_or_of_broken_pictures(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     for i in range(3):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\nnot much more")
-    assert "no pictures" in refused(capsys, [*FOLDER, "--data-dir", "empty"])
-    assert "can be read" in refused(capsys, [*FOLDER, "--data-dir", "broken"])
+    assert "no pictures" in refused([*FOLDER, "--data-dir", "empty"])
+    assert "can be read" in refused([*FOLDER, "--data-dir", "broken"])
 
 
 # --- --encoder --------------------------------------------------------------------------------------------------------
@@ -214,34 +202,34 @@ def test_an_encoder_as_it_should_be_is_not_refused(tmp_path):
     (CONFIG, True, "--probe-images 3", "4 classes"),
     ({**CONFIG, "image_size": 30}, True, "--target-net vit", "--target-net vit"),
 ])
-def test_encoders_that_cannot_be_probed(capsys, tmp_path, config, activations, words, says):
+def test_encoders_that_cannot_be_probed(refused, tmp_path, config, activations, words, says):
     script(tmp_path / "encoder.pt", config if config is None or isinstance(config, str) else json.dumps(config),
            activations)
-    assert says in refused(capsys, [*FOLDER, "--encoder", "encoder.pt", *words.split()])
+    assert says in refused([*FOLDER, "--encoder", "encoder.pt", *words.split()])
 
 
-def test_an_encoder_that_does_not_say_what_it_was_trained_on(capsys, tmp_path):
+def test_an_encoder_that_does_not_say_what_it_was_trained_on(refused, tmp_path):
     """Of the user's own making, with no data set named anywhere."""
     script(tmp_path / "encoder.pt", json.dumps({"layers": ["stem", "avgpool"], "image_size": 32}))
-    assert "--dataset" in refused(capsys, ["--encoder", "encoder.pt", "--device", "cpu"])
+    assert "--dataset" in refused(["--encoder", "encoder.pt", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"hello", lambda b: b[:len(b) // 2], lambda b: b[:-100],
                                     lambda b: bytes(len(b))], ids=["empty", "text", "half", "cut", "zeros"])
-def test_damaged_encoders(capsys, tmp_path, damage):
+def test_damaged_encoders(refused, tmp_path, damage):
     script(tmp_path / "encoder.pt", json.dumps(CONFIG))
     (tmp_path / "encoder.pt").write_bytes(damage((tmp_path / "encoder.pt").read_bytes()))
-    assert "damaged" in refused(capsys, [*FOLDER, "--encoder", "encoder.pt"])
+    assert "damaged" in refused([*FOLDER, "--encoder", "encoder.pt"])
 
 
 # --- --figures --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("files", [[], ["config.json"], ["probes.csv"]])
-def test_figures_of_a_folder_without_records(capsys, tmp_path, files):
+def test_figures_of_a_folder_without_records(refused, tmp_path, files):
     (tmp_path / "run").mkdir()
     for name in files:
         (tmp_path / "run" / name).write_text("epoch,layer,target\n0,stem,class\n" if name.endswith("csv") else "{}")
-    assert "--figures run" in refused(capsys, ["--figures", "run"])
+    assert "--figures run" in refused(["--figures", "run"])
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -262,41 +250,36 @@ def state(tmp_path, few):
                                     "--variance 2", "--no-stop-grad", "--arch RES-2-8", "--sample-level 5 2 1",
                                     "--target-net RES-1-8", "--pool flatten", "--objective simclr",
                                     "--probes svm ncc", "--mine-steps 5", "--data-dir few/class0"])
-def test_resume_with_other_flags_is_refused_naming_them(capsys, state, change):
-    line = refused(capsys, [*FOLDER, "--out", "run", "--resume", *change.split()])
+def test_resume_with_other_flags_is_refused_naming_them(refused, state, change):
+    line = refused([*FOLDER, "--out", "run", "--resume", *change.split()])
     assert "other flags" in line and change.split()[0].replace("--no-", "--") in line
 
 
-def test_resume_with_other_pictures_is_refused(capsys, tmp_path, state):
+def test_resume_with_other_pictures_is_refused(refused, tmp_path, state):
     torch.save({**state, "data": 300}, tmp_path / "run" / "checkpoint.pt")
-    line = refused(capsys, [*FOLDER, "--out", "run", "--resume"])
+    line = refused([*FOLDER, "--out", "run", "--resume"])
     assert "300" in line and "216" in line
 
 
-class Trap:
-    def __reduce__(self):
-        return eval, ("open('sprung', 'w')",)
-
-
 @pytest.mark.parametrize("words", ["--out run --resume", "--init run"])
-def test_damaged_and_foreign_checkpoints_are_refused(capsys, tmp_path, state, words):
+def test_damaged_and_foreign_checkpoints_are_refused(refused, tmp_path, state, words):
     """Truncated, not a checkpoint, without its parts, of another script, or one whose pickle would run code."""
     file, words = tmp_path / "run" / "checkpoint.pt", [*FOLDER, *words.split()]
     whole = file.read_bytes()
     for content in (whole[:len(whole) // 2], whole[:-100], b"", b"hello"):
         file.write_bytes(content)
-        assert "damaged" in refused(capsys, words) and file.read_bytes() == content
+        assert "damaged" in refused(words) and file.read_bytes() == content
     for content, says in [([1, 2], "damaged"), ({**state, "script": "simclr_deepaug"}, "simclr_deepaug"),
                           ({"script": V.NAME, "model": Trap()}, "damaged"),
                           *(({k: v for k, v in state.items() if k != part}, "damaged") for part in
                             ("config", "model", "optimizer", "step"))]:
         torch.save(content, file)
-        assert says in refused(capsys, words)
+        assert says in refused(words)
 
 
 @pytest.mark.parametrize("words", ["--arch RES-1-16", "--arch RES-2-8", "--projector 16 8", "--objective supervised"])
-def test_init_of_other_sizes(capsys, state, words):
-    line = refused(capsys, [*FOLDER, "--init", "run", *words.split()])
+def test_init_of_other_sizes(refused, state, words):
+    line = refused([*FOLDER, "--init", "run", *words.split()])
     assert "--init run" in line and "--arch" in line
 
 

@@ -295,7 +295,7 @@ class Training:
 
 def counted(row, args):
     """(batch, FLOPs, bytes, seconds of the floor, operators) of a step under bf16 autocast, from two small batches on
-    the CPU: each number is a + b * batch, but for NT-Xent's small square."""
+    the CPU: each is a + b * batch, but for NT-Xent's small square and the operators, which are those of the larger."""
     real = torch.autocast
 
     def always(device_type, dtype=None, enabled=True):              # train() asks for it on CUDA alone
@@ -305,17 +305,19 @@ def counted(row, args):
         for batch in SMALL:
             training = Training(row, torch.device("cpu"), ["--batch-size", str(batch)], args.quick)
             rows = training.work()
-            sums.append([sum(r[1] for r in rows), sum(r[2] for r in rows), floor_seconds(rows, *rates), len(rows)])
+            sums.append([sum(r[1] for r in rows), sum(r[2] for r in rows), floor_seconds(rows, *rates)])
     batch = Training(row, torch.device("cpu"), small=args.quick).a.batch_size
-    return batch, *(x + (y - x) * (batch - SMALL[0]) / (SMALL[1] - SMALL[0]) for x, y in zip(*sums))
+    grown = (batch - SMALL[0]) / (SMALL[1] - SMALL[0])
+    return batch, *(x + (y - x) * grown for x, y in zip(*sums)), len(rows)
 
 
 def first_step(row, device, small):
     """Seconds from `python SCRIPT FLAGS` to the end of its first step: when its first checkpoint appears."""
     script, large_flags, small_flags = ROWS[row]
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, f"{script}.py", *(small_flags if small else large_flags).split(), "--device", device.type,
-                 "--out", f"{folder}/run", "--save-every", "0"]
+        flags = (small_flags if small else large_flags).split()
+        words = [sys.executable, f"{script}.py", *flags, "--device", device.type, "--out", f"{folder}/run",
+                 "--save-every", "0"]
         start = time.perf_counter()
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not Path(folder, "run/checkpoint.pt").exists():
@@ -393,7 +395,7 @@ def main(argv=None):
         for row in args.rows:
             batch, flops, moved, floor, operators = results[row] = counted(row, args)
             print(f"{row:12}{batch:6}{flops / 1e9:9.0f}{moved / 1e9:8.2f}{1000 * floor:10.2f}{batch / floor:10.0f}"
-                  f"{100 * flops / floor / args.ceilings[0] / 1e12:8.1f}%{operators:19.0f}", flush=True)
+                  f"{100 * flops / floor / args.ceilings[0] / 1e12:8.1f}%{operators:19}", flush=True)
         return results
 
     limits = ceilings(device, args.quick)
@@ -402,7 +404,7 @@ def main(argv=None):
     print(f"{'row':12}{'':9}{'batch':>6}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ms':>9}"
           + "".join(f"{p[:7]:>8}" for p in PARTS) + f"{'GFLOP':>9}{'of rate':>8}{'floor':>8}"
           + (f"{'kernels':>9}{'syncs':>6}{'GiB':>7}" if device.type == "cuda" else ""))
-    sizes = [["--batch-size", str(b)] for b in ((32, 64) if args.small else (256, 512, 1024, 2048, 4096, 8192))]
+    sizes = [["--batch-size", str(b)] for b in ((32, 64) if args.quick else (256, 512, 1024, 2048, 4096, 8192))]
     for row, more in itertools.product(["simclr"], sizes) if args.sweep else itertools.product(args.rows, [[]]):
         training = Training(row, device, more, args.small)
         ways = ["", "compiled", "graphs"][:3 if device.type == "cuda" else 2] if args.compile else [""]
