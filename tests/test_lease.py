@@ -32,8 +32,8 @@ def test_every_jobs_flags_are_right(programme, job, quick, monkeypatch):
         assert a.out.endswith(job.name) and a.epochs == 40 and a.resume
         assert (a.device == "cpu" and getattr(a, "dataset", "shapes") == "shapes") if quick else a.device == "cuda"
         assert job.group in lease.PROGRAMMES[programme].minutes
-    elif "--compare" in words:
-        assert script in SCRIPTS
+    elif script in SCRIPTS:
+        assert "--compare" in words or SCRIPTS[script].settings(words).device == ("cpu" if quick else "cuda")
     elif script == "cka.py":
         cka.settings(words)
     elif script.startswith("tests/bench"):

@@ -139,7 +139,10 @@ PROGRAMMES = {
     "figure4": Programme("paper 000, Figures 4, 9, 11: ResNet-18, CIFAR-100; does stop-gradient help at 3, 4, 6?", [
         *layer_runs("figure4", [4, 6, 3], "--preset paper --probe-every {fifth}"),
         compare("simclr_deepaug.py", "figure4"),
-        *(cka(f"figure9-{run}", f"{{runs}}/figure4-{run}/encoder.pt --numbered") for run in ("none", "4", "4w"))],
+        Job("untrained", "simclr_deepaug.py --dataset cifar100 --data-dir data --preset paper --layer none {quick-simclr} "
+            "--epochs 1 --lr 1e-12 --device {device} --out {runs}/untrained", 60, (C100,)),
+        *(cka(f"figure9-{run}", f"{{runs}}/{run}/encoder.pt --numbered")
+          for run in ("untrained", "figure4-none", "figure4-4", "figure4-4w"))],
         {"figure4": 22}),
     "all-layers": Programme("paper 000, Figure 4, all layers, with the small network for more epochs", [
         *layer_runs("all-layers", [4, 6, 3, 5, 0, 1, 2, -1], SMALL),
@@ -320,7 +323,8 @@ def run(programme: Programme, quick: bool, limit: float, out: Path) -> int:
         write_state(state)
     with tarfile.open(out / "lease.tgz", "w:gz") as tar:
         for file in sorted([*out.glob("*.log"), *runs.rglob("*")]):
-            if file.suffix in (".log", ".json", ".csv", ".png") or file.name in ("similarity.npz", "clusters.npz"):
+            if (file.suffix in (".log", ".json", ".csv", ".png") and file.name != "views.png") \
+                    or file.name in ("similarity.npz", "clusters.npz"):
                 tar.add(file, file.relative_to(runs) if file.is_relative_to(runs) else Path("logs", file.name))
     left = [job.name for job in programme.jobs if job.name not in state["done"]]
     print(f"\nepochs {state['epochs']}; failed: {failed or 'none'}; left: {left or 'nothing'}")
