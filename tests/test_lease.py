@@ -29,7 +29,7 @@ def test_every_jobs_flags_are_right(programme, job, quick, monkeypatch):
     assert not any("{" in w for w in words)
     if job.group:
         a = SCRIPTS[script].settings(words)
-        assert a.out.endswith(job.name) and a.epochs == 40 and a.resume
+        assert a.out.endswith(job.name) and a.epochs == 40 and a.resume and a.seed == 0
         assert (a.device == "cpu" and getattr(a, "dataset", "shapes") == "shapes") if quick else a.device == "cuda"
         assert job.group in lease.PROGRAMMES[programme].minutes
     elif script in SCRIPTS:
@@ -98,14 +98,14 @@ def test_a_run_goes_on_where_it_was_stopped(there, capsys, monkeypatch):
         lease.Job("plain", "-c print('hello')"), lease.Job("bad", "-c 1/0"),
         lease.Job("fast", "train.py {E}", group="g"), lease.Job("slow", "train.py {E}", group="g"),
         lease.Job("later", "-c print('later')")], {"g": 2})
-    assert lease.run(programme, False, 5, there / "out") == 1      # bad failed; slow was stopped
+    assert lease.run(programme, False, 0, 5, there / "out") == 1      # bad failed; slow was stopped
     shown = capsys.readouterr().out
     state = json.loads((there / "state/state.json").read_text())
     assert state["done"] == {"plain": 0, "bad": 1, "fast": 0}
     epochs = state["epochs"]["g"]                                   # 5 s an epoch, two runs in two minutes
     assert 11 <= epochs <= 12
     assert "slow: goes on in the next call" in shown and "later: in the next call" in shown
-    assert lease.run(programme, False, 5, there / "out") == 0
+    assert lease.run(programme, False, 0, 5, there / "out") == 0
     state = json.loads((there / "state/state.json").read_text())
     assert state["done"] == {"plain": 0, "bad": 1, "fast": 0, "slow": 0, "later": 0} and state["epochs"]["g"] == epochs
     with tarfile.open(there / "out/lease.tgz") as tar:
@@ -123,7 +123,7 @@ def test_jobs_wait_for_their_data(there, capsys):
     (there / "lease-data/cifar-10/test.zip").write_text("one of two parts")
     lease.PACKED, kept = there / "nowhere", lease.PACKED
     try:
-        assert lease.run(programme, False, 20, there / "out") == 0
+        assert lease.run(programme, False, 0, 20, there / "out") == 0
     finally:
         lease.PACKED = kept
     assert "needy: waits for cifar-10-png" in capsys.readouterr().out

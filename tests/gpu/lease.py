@@ -3,7 +3,7 @@
     python tests/gpu/lease.py list                      # programmes, jobs, what data they need
     python tests/gpu/lease.py pack PROGRAMME CALL       # here, before call 1 and 2: fills lease-data/, prints the call
     python3 tests/gpu/lease.py run PROGRAMME            # there, in every call the same: goes on where the last ended
-    python tests/gpu/lease.py collect FOLDER            # here: what came back into runs/lease/, one row a run
+    python tests/gpu/lease.py collect FOLDER            # here: what came back into runs/lease-s0/, a row a run
     python tests/gpu/lease.py run PROGRAMME --quick     # the rehearsal: small networks, few steps, drawn data
 
 The machine there sees this checkout and what `carry` names, at most 64 MiB a call; a command ends after 10 minutes, and
@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKED = ROOT.parent / "shared" / "data"
 HERE = Path("lease-data")                                           # ignored by git, named in `carry`
 THERE = Path(os.environ.get("LEASE_STATE", "/tmp/lease"))           # parts that arrived, what is done, number of epochs
-RUNS, REHEARSED = Path("runs/lease"), Path("runs/lease-quick")
 RESERVE, LEAST = 40, 10                                             # seconds: for saving and packing; to begin a job
 
 
@@ -139,8 +138,8 @@ PROGRAMMES = {
     "figure4": Programme("paper 000, Figures 4, 9, 11: ResNet-18, CIFAR-100; does stop-gradient help at 3, 4, 6?", [
         *layer_runs("figure4", [4, 6, 3], "--preset paper --probe-every {fifth}"),
         compare("simclr_deepaug.py", "figure4"),
-        Job("untrained", "simclr_deepaug.py --dataset cifar100 --data-dir data --preset paper --layer none {quick-simclr} "
-            "--epochs 1 --lr 1e-12 --device {device} --out {runs}/untrained", 60, (C100,)),
+        Job("untrained", "simclr_deepaug.py --dataset cifar100 --data-dir data --preset paper --layer none "
+            "{quick-simclr} --epochs 1 --lr 1e-12 --device {device} --out {runs}/untrained", 60, (C100,)),
         *(cka(f"figure9-{run}", f"{{runs}}/{run}/encoder.pt --numbered")
           for run in ("untrained", "figure4-none", "figure4-4", "figure4-4w"))],
         {"figure4": 22}),
@@ -230,15 +229,20 @@ def unpack(needs: set) -> None:
                            check=True)
 
 
-def words_of(job: Job, quick: bool, epochs: int) -> list:
-    runs = REHEARSED if quick else RUNS
+def folder_of(quick: bool, seed: int) -> Path:
+    return Path(f"runs/lease-{'quick' if quick else f's{seed}'}")
+
+
+def words_of(job: Job, quick: bool, epochs: int, seed: int = 0) -> list:
+    runs = folder_of(quick, seed)
     values = {"E": str(epochs), "fifth": str(max(1, epochs // 5)), "device": "cpu" if quick else "cuda",
               "runs": str(runs), **{k: v if quick else "" for k, v in QUICK.items()}}
     words = []
     for word in re.sub(r"{([\w-]+)}", lambda m: values[m[1]], job.words).split():
         words += sorted(str(f) for f in Path().glob(word) if (f / "report.json").exists()) if "*" in word else [word]
     if job.group:
-        words += ["--device", values["device"], "--log-every", "10", "--out", str(runs / job.name), "--resume"]
+        words += ["--device", values["device"], "--seed", str(seed), "--log-every", "10", "--out", str(runs / job.name),
+                  "--resume"]
     elif words[0] == "cka.py":
         words += ["--device", values["device"]]
     return words
@@ -269,12 +273,12 @@ def execute(name: str, words: list, out: Path, seconds: float) -> int:
     return code
 
 
-def fit_epochs(job: Job, programme: Programme, quick: bool, out: Path, seconds: float) -> int:
+def fit_epochs(job: Job, programme: Programme, quick: bool, seed: int, out: Path, seconds: float) -> int:
     """How many epochs each of the group's runs may have, from one epoch of its first run; 0 if that failed."""
     begun, trial = time.time(), Job(f"fit-{job.group}", job.words, group=job.group)
-    folder = (REHEARSED if quick else RUNS) / trial.name
+    folder = folder_of(quick, seed) / trial.name
     shutil.rmtree(folder, ignore_errors=True)
-    if execute(trial.name, words_of(trial, quick, 1), out, seconds):
+    if execute(trial.name, words_of(trial, quick, 1, seed), out, seconds):
         return 0
     report, config = (json.loads((folder / name).read_text()) for name in ("report.json", "config.json"))
     spent, runs = time.time() - begun, sum(j.group == job.group for j in programme.jobs)
@@ -287,10 +291,10 @@ def fit_epochs(job: Job, programme: Programme, quick: bool, out: Path, seconds: 
     return 1 if quick else min(epochs, 200)
 
 
-def run(programme: Programme, quick: bool, limit: float, out: Path) -> int:
+def run(programme: Programme, quick: bool, seed: int, limit: float, out: Path) -> int:
     """Do what is not done yet and can be done. Returns 1 if a job failed, else 0."""
     deadline, state = time.time() + limit - RESERVE, read_state()
-    runs = REHEARSED if quick else RUNS
+    runs = folder_of(quick, seed)
     for folder in (out, runs):
         folder.mkdir(parents=True, exist_ok=True)
     unpack({n for job in programme.jobs for n in job.needs})
@@ -307,12 +311,12 @@ def run(programme: Programme, quick: bool, limit: float, out: Path) -> int:
         if f"fit-{job.group}" in failed:
             continue
         if job.group and not state["epochs"].get(job.group):
-            state["epochs"][job.group] = fit_epochs(job, programme, quick, out, deadline - time.time())
+            state["epochs"][job.group] = fit_epochs(job, programme, quick, seed, out, deadline - time.time())
             write_state(state)
             if not state["epochs"][job.group]:
                 failed.append(f"fit-{job.group}")
                 continue
-        words = words_of(job, quick, state["epochs"].get(job.group, 0))
+        words = words_of(job, quick, state["epochs"].get(job.group, 0), seed)
         begun = time.time()
         code = execute(job.name, words, out, deadline - begun if job.group else min(job.seconds, deadline - begun))
         goes_on = code == 124 and (job.group or begun + job.seconds > deadline)
@@ -333,8 +337,8 @@ def run(programme: Programme, quick: bool, limit: float, out: Path) -> int:
 
 # ---------------------------------------------------------------------------------------------- here, afterwards
 
-def collect(folder: Path, to: Path = RUNS) -> list:
-    """Unpack lease.tgz into runs/lease/ and print a row for every finished run. Returns the rows."""
+def collect(folder: Path, to: Path) -> list:
+    """Unpack lease.tgz into `to` and print a row for every finished run. Returns the rows."""
     with tarfile.open(folder / "lease.tgz") as tar:
         tar.extractall(to, filter="data")
     rows = []
@@ -354,6 +358,7 @@ def main(argv=None) -> int:
     p.add_argument("name", nargs="?", help="of the programme; with collect: the folder that holds lease.tgz")
     p.add_argument("call", nargs="?", type=int, choices=[1, 2], default=1)
     p.add_argument("--quick", action="store_true", help="rehearse on the CPU")
+    p.add_argument("--seed", type=int, default=0, help="of all trainings; runs/lease-sSEED is their folder")
     p.add_argument("--limit", type=float, default=580, help="seconds of this call")
     a = p.parse_args(argv)
     os.chdir(ROOT)
@@ -361,10 +366,10 @@ def main(argv=None) -> int:
         for name, programme in PROGRAMMES.items():
             print(f"{name:12} {programme.about}; {programme.minutes or ''}")
             for job in programme.jobs:
-                print(f"    {job.name:24} {' '.join(words_of(job, a.quick, 0))}")
+                print(f"    {job.name:24} {' '.join(words_of(job, a.quick, 0, a.seed))}")
         return 0
     if a.what == "collect":
-        collect(Path(a.name))
+        collect(Path(a.name), folder_of(a.quick, a.seed))
         return 0
     if a.name not in PROGRAMMES:
         p.error(f"no programme {a.name}; there are {', '.join(PROGRAMMES)}")
@@ -372,7 +377,7 @@ def main(argv=None) -> int:
         pack(PROGRAMMES[a.name], a.call)
         print(f'run(command="python3 tests/gpu/lease.py run {a.name}", carry=["{HERE}"], timeout_s=600)')
         return 0
-    return run(PROGRAMMES[a.name], a.quick, a.limit, Path(os.environ.get("OUT", "runs/lease-out")))
+    return run(PROGRAMMES[a.name], a.quick, a.seed, a.limit, Path(os.environ.get("OUT", "runs/lease-out")))
 
 
 if __name__ == "__main__":
