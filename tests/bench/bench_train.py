@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -294,21 +295,26 @@ class Training:
 
 
 def counted(row, args):
-    """(batch, FLOPs, bytes, seconds of the floor, operators) of a step under bf16 autocast, from two small batches on
-    the CPU: each is a + b * batch, but for NT-Xent's small square and the operators, which are those of the larger."""
-    real = torch.autocast
+    """(batch, FLOPs, bytes, {operator: seconds of the floor}, operators) of a step under bf16 autocast, from two small
+    batches on the CPU: each is a + b * batch, but for NT-Xent's small square and the number of operators, which is
+    that of the larger batch."""
+    real, sums, rates = torch.autocast, [], (1e12 * args.ceilings[0], 1e9 * args.ceilings[1])
 
     def always(device_type, dtype=None, enabled=True):              # train() asks for it on CUDA alone
         return real(device_type, dtype=dtype, enabled=enabled or dtype is torch.bfloat16)
-    sums, rates = [], [1e12 * args.ceilings[0], 1e9 * args.ceilings[1]]
     with mock.patch.object(torch, "autocast", always):
         for batch in SMALL:
-            training = Training(row, torch.device("cpu"), ["--batch-size", str(batch)], args.quick)
-            rows = training.work()
-            sums.append([sum(r[1] for r in rows), sum(r[2] for r in rows), floor_seconds(rows, *rates)])
+            rows = Training(row, torch.device("cpu"), ["--batch-size", str(batch)], args.quick).work()
+            floor = Counter()
+            for r in rows:
+                floor[r[0]] += floor_seconds([r], *rates)
+            sums.append((sum(r[1] for r in rows), sum(r[2] for r in rows), floor))
     batch = Training(row, torch.device("cpu"), small=args.quick).a.batch_size
-    grown = (batch - SMALL[0]) / (SMALL[1] - SMALL[0])
-    return batch, *(x + (y - x) * grown for x, y in zip(*sums)), len(rows)
+
+    def grown(x, y):
+        return x + (y - x) * (batch - SMALL[0]) / (SMALL[1] - SMALL[0])
+    (flops, moved, floor), (flops2, moved2, floor2) = sums
+    return batch, grown(flops, flops2), grown(moved, moved2), {k: grown(floor[k], floor2[k]) for k in floor2}, len(rows)
 
 
 def first_step(row, device, small):
@@ -368,7 +374,7 @@ def main(argv=None):
     p.add_argument("--steps", type=int, default=20, help="of one timed stretch")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--compile", action="store_true", help="compiled, too, and on CUDA compiled with CUDA graphs")
-    p.add_argument("--profile", action="store_true", help="CUDA: name the longest kernels")
+    p.add_argument("--profile", action="store_true", help="name the longest kernels; with --count: operators")
     p.add_argument("--sweep", action="store_true", help="only SimCLR, batches of 256 to 8192")
     p.add_argument("--start-up", action="store_true", help="only the seconds to the first step")
     p.add_argument("--count", action="store_true", help="only operations, bytes and floor, counted on the CPU")
@@ -393,9 +399,13 @@ def main(argv=None):
         print(f"{'row':12}{'batch':>6}{'GFLOP':>9}{'GB':>8}{'floor ms':>10}{'images/s':>10}{'of rate':>9} at most"
               f"{'operators':>11}")
         for row in args.rows:
-            batch, flops, moved, floor, operators = results[row] = counted(row, args)
+            batch, flops, moved, by_operator, operators = results[row] = counted(row, args)
+            floor = sum(by_operator.values())
             print(f"{row:12}{batch:6}{flops / 1e9:9.0f}{moved / 1e9:8.2f}{1000 * floor:10.2f}{batch / floor:10.0f}"
                   f"{100 * flops / floor / args.ceilings[0] / 1e12:8.1f}%{operators:19}", flush=True)
+            if args.profile:
+                longest = sorted(by_operator.items(), key=lambda k: -k[1])[:10]
+                print("    ms of the floor: " + ", ".join(f"{name} {1000 * t:.2f}" for name, t in longest))
         return results
 
     limits = ceilings(device, args.quick)
