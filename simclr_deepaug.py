@@ -729,11 +729,11 @@ class Net(nn.Module):
 
 
 # same text in: simclr_deepaug.py, topk_rescue.py
-def pixel_statistics(split: Split, device) -> tuple[Tensor, Tensor]:
+def pixel_statistics(split: Split) -> tuple[Tensor, Tensor]:
     """(mean, std) of each channel over the training pictures, in 0..1."""
     if split.images is None:                                         # ImageNet's, as torchvision's pretrained networks
         return torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=split.images.device)
     for x in split.images.split(1024):
         x = x.double() / 255
         sums += torch.stack([x.mean((2, 3)), x.square().mean((2, 3))]).sum(1)
@@ -743,7 +743,7 @@ def pixel_statistics(split: Split, device) -> tuple[Tensor, Tensor]:
 
 def build(a, split: Split, classes: list, device) -> Net:
     """The network of these flags with the weights of this seed."""
-    mean, std = pixel_statistics(split, device)
+    mean, std = pixel_statistics(split)
     torch.manual_seed(a.seed)
     net = Net(a, split.size, mean, std, len(classes) if a.objective == "supervised" else 0)
     return net.to(device, memory_format=torch.channels_last)
@@ -926,7 +926,9 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
     alignment, uniformity   as above, of this batch; for both lower is better
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    s = torch.linalg.svdvals(z1 - z1.mean(0))
+    x = (z1 - z1.mean(0)).double()
+    small = x @ x.T if len(x) < x.shape[1] else x.T @ x              # eigenvalues s², cheaper than an SVD
+    s = torch.linalg.eigvalsh(small).clamp(min=0).sqrt()
     s = s / s.sum().clamp(min=1e-12)
     return {"embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
             "effective_rank": torch.exp(-torch.xlogy(s, s).sum()).item(),
@@ -1428,6 +1430,7 @@ def run(a) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not a.deterministic
+    torch.backends.cudnn.allow_tf32 = False                          # what is not under autocast is float32
     out = Path(a.out or f"runs/{a.name}-s{a.seed}")
     state = checkpoint_to_resume(a, out, device) if a.resume else None
 

@@ -359,6 +359,9 @@ def check_settings(a: argparse.Namespace) -> None:
         (all(0 <= s < 2 ** 43 for s in [a.seed, *(a.seeds or [])]), "--seed and --seeds must be in 0 .. 2^43 - 1"),
         (len(set(a.seeds or [])) == len(a.seeds or []), "--seeds must differ from each other"),
         (not a.compile or shutil.which(os.environ.get("CXX", "g++")), "--compile needs a C++ compiler (g++)"),
+        (not a.deterministic or a.device == "cpu" or not torch.cuda.is_available()
+         or a.method != "dinov2" or a.local_crops == 0,
+         "--deterministic: a ViT's bicubic positions for local crops have no such form on CUDA; add --local-crops 0"),
         (world == 1 or not (a.seeds or a.sweep or a.download or (a.baseline and a.rescue != "none")),
          "under torchrun: one run at a time (--no-baseline, no --seeds, no --sweep), and --download beforehand"),
         (a.batch_size % world == 0 and (a.k % world == 0 or a.rescue in ("all", "none")),
@@ -1016,11 +1019,11 @@ class Net(nn.Module):
 
 
 # same text in: simclr_deepaug.py, topk_rescue.py
-def pixel_statistics(split: Split, device) -> tuple[Tensor, Tensor]:
+def pixel_statistics(split: Split) -> tuple[Tensor, Tensor]:
     """(mean, std) of each channel over the training pictures, in 0..1."""
     if split.images is None:                                         # ImageNet's, as torchvision's pretrained networks
         return torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=split.images.device)
     for x in split.images.split(1024):
         x = x.double() / 255
         sums += torch.stack([x.mean((2, 3)), x.square().mean((2, 3))]).sum(1)
@@ -1458,7 +1461,7 @@ def build(a, split: Split, device) -> Rescue:
                 fail(f"--patch {a.patch} does not divide a crop of {side} pixels: see --image-size and --local-size")
         if a.local_size > split.size:
             fail(f"--local-size {a.local_size}: larger than a view, {split.size}")
-    mean, std = pixel_statistics(split, device)
+    mean, std = pixel_statistics(split)
     torch.manual_seed(a.seed)
     method = METHODS[a.method](a, Net(a, split.size, mean, std))
     return Rescue(a, method, split.size).to(device, memory_format=torch.channels_last)
@@ -1547,7 +1550,9 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
     alignment, uniformity   as above, of this batch; for both lower is better
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    s = torch.linalg.svdvals(z1 - z1.mean(0))
+    x = (z1 - z1.mean(0)).double()
+    small = x @ x.T if len(x) < x.shape[1] else x.T @ x              # eigenvalues s², cheaper than an SVD
+    s = torch.linalg.eigvalsh(small).clamp(min=0).sqrt()
     s = s / s.sum().clamp(min=1e-12)
     return {"embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
             "effective_rank": torch.exp(-torch.xlogy(s, s).sum()).item(),
@@ -2252,6 +2257,7 @@ def run(a, baseline: dict | None = None) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not a.deterministic
+    torch.backends.cudnn.allow_tf32 = False                          # what is not under autocast is float32
     out = Path(a.out or f"runs/{a.name}-s{a.seed}")
     state = checkpoint_to_resume(a, out, device) if a.resume else None
 

@@ -1007,7 +1007,9 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
     alignment, uniformity   as above, of this batch; for both lower is better
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    s = torch.linalg.svdvals(z1 - z1.mean(0))
+    x = (z1 - z1.mean(0)).double()
+    small = x @ x.T if len(x) < x.shape[1] else x.T @ x              # eigenvalues s², cheaper than an SVD
+    s = torch.linalg.eigvalsh(small).clamp(min=0).sqrt()
     s = s / s.sum().clamp(min=1e-12)
     return {"embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
             "effective_rank": torch.exp(-torch.xlogy(s, s).sum()).item(),
@@ -2036,6 +2038,7 @@ def run(a) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not a.deterministic
+    torch.backends.cudnn.allow_tf32 = False                          # what is not under autocast is float32
     if a.encoder:
         return probe_encoder(a, device)
     out = Path(a.out or f"runs/{a.name}-s{a.seed}")

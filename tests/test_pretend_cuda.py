@@ -50,8 +50,9 @@ class PretendCuda(TorchDispatchMode):
             to_host = torch.device(kwargs.get("device") or "cuda").type == "cpu"
             if blocking and (host or to_host):
                 raise Waits(f"{name} of {[tuple(x.shape) for x in host or on_cuda]} between host and GPU")
+            filled = name.startswith("index_put") and args[2].dim() == 0 and args[2].device.type == "cpu"
             if any(isinstance(i, FakeTensor) and i.dtype == torch.bool for i in tree_leaves(args[1:])) \
-                    and name in ("index", "index_put", "index_put_"):
+                    and name in ("index", "index_put", "index_put_") and not filled:          # a number: masked_fill
                 raise Waits(f"{name} with a mask asks how many")
         with self.fake:
             return func(*args, **kwargs)

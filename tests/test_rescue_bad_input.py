@@ -139,6 +139,13 @@ def test_cuda_absent(refused):
     assert "--device cuda" in line and "--device cpu" in line
 
 
+def test_local_crops_are_not_deterministic_on_cuda(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "--local-crops 0" in refused([*FOLDER, *VIT.split(), "--device", "auto", "--deterministic"])
+    R.settings([*VIT.split(), "--deterministic", "--local-crops", "0"])
+    R.settings([*VIT.split(), "--deterministic", "--device", "cpu"])
+
+
 @pytest.mark.parametrize("words, says", [
     ("", "--no-baseline"),
     ("--no-baseline --k 3", "--k 3"),

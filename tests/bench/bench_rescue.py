@@ -130,7 +130,8 @@ class Usual:
 
     def step(self):
         a, b, *local = [x.to(self.device, non_blocking=True) for x in next(self.batches)]
-        loss = self.loss(a, b, local)
+        with R.low_precision(a):                                     # bf16 autocast on CUDA, as ours
+            loss = self.loss(a, b, local)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -26,7 +26,6 @@ import importlib
 import inspect
 import io
 import itertools
-import signal
 import statistics
 import subprocess
 import sys
@@ -68,7 +67,6 @@ ROWS = {
 SPANS = {"views": ("two_views", "train_views", "common_view", "local_crops", "strong_views", "mask_tokens"),
          "loss": ("nt_xent", "losses_of", "simcse_loss", "mlm_loss")}
 PARTS = ("batch", "views", "forward", "loss", "backward", "optimizer", "rest")
-WARM = 5                                                            # steps before anything is measured but the speed
 SMALL = 32, 64                                                      # batches of --count
 
 
@@ -167,6 +165,18 @@ class Marks:
 
 # ------------------------------------------------------------------------------------------------- a script's train()
 
+@contextlib.contextmanager
+def progress_hidden():
+    """No progress bars; but what a script says before it leaves with code 2 is shown."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit:
+        print(said.getvalue().replace("\r", "\n").strip().splitlines()[-1])
+        raise
+
+
 class Enough(Exception):
     """main() has come to train(), or train() to the last step that is asked for."""
 
@@ -184,11 +194,12 @@ class Training:
             self.bound = inspect.signature(self.train).bind(*args)
             raise Enough
         with mock.patch.object(self.module, "train", caught), contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Enough):
+                progress_hidden(), contextlib.suppress(Enough):
             self.module.main([*words, *more, "--device", device.type, "--out", f"{self.folder.name}/run"])
         arguments = self.bound.arguments
         self.a = arguments["a"]
         self.a.epochs, self.a.save_every = 10 ** 6, 10 ** 9         # on_step says when it is enough
+        self.a.probe_epochs = []                                    # vicreg_probe.py saves before a probe
         for probe in {"after_epoch", "probe_after"} & set(arguments):
             arguments[probe] = lambda *_: None                      # training alone is measured
 
@@ -200,10 +211,10 @@ class Training:
         compile_, module_compile = torch.compile, nn.Module.compile
         mode = {"mode": "reduce-overhead"} if compiled == "graphs" else {}
         try:
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Enough), \
+            with progress_hidden(), contextlib.suppress(Enough), \
                     mock.patch.object(torch, "compile", lambda *a, **k: compile_(*a, **k, **mode)), \
                     mock.patch.object(nn.Module, "compile", lambda *a, **k: module_compile(*a, **k, **mode)):
-                self.train(*self.bound.args, **self.bound.kwargs)   # stderr: the progress bar
+                self.train(*self.bound.args, **self.bound.kwargs)
         finally:
             hook.remove()
 
@@ -240,34 +251,34 @@ class Training:
             hook.remove()
 
     def parts(self, steps, compiled=""):
-        """{part: milliseconds of a step}, after WARM steps."""
+        """{part: milliseconds of a step}, after as many to warm up."""
         marks = Marks(self.device)
 
         def on_step(done):
-            if done == WARM:
+            if done == steps:
                 marks.marks.clear()
                 marks.mark(None)
-            if done == WARM + steps:
+            if done == 2 * steps:
                 raise Enough
         with self.marked(marks, compiled):
             self.run(on_step, compiled)
         return marks.milliseconds(steps)
 
-    def syncs_and_kernels(self, steps, compiled=""):
+    def syncs_and_kernels(self, warm, compiled="", steps=5):
         """([(file, line) of every wait for the GPU in so many steps without a log line], milliseconds a step in which
         kernels run, [(kernel, milliseconds a step)], the longest first)."""
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         profile = torch.profiler.profile(activities=activities)
 
         def on_step(done):
-            if done == WARM:
+            if done == warm:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("warn")
-            elif done == WARM + steps:
+            elif done == warm + steps:
                 torch.cuda.set_sync_debug_mode("default")
                 torch.cuda.synchronize()
                 profile.start()
-            elif done == WARM + 2 * steps:
+            elif done == warm + 2 * steps:
                 torch.cuda.synchronize()
                 profile.stop()
                 raise Enough
@@ -322,18 +333,21 @@ def first_step(row, device, small):
     script, large_flags, small_flags = ROWS[row]
     with tempfile.TemporaryDirectory() as folder:
         flags = (small_flags if small else large_flags).split()
+        if script == "vicreg_probe":                                # it probes before the first step: here a little
+            flags += "--sample-level 0 0 0 --mine-steps 0 --probes ncc --probe-images 500".split()
         words = [sys.executable, f"{script}.py", *flags, "--device", device.type, "--out", f"{folder}/run",
                  "--save-every", "0"]
         start = time.perf_counter()
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not Path(folder, "run/checkpoint.pt").exists():
-            if process.poll() is not None:
-                raise RuntimeError(f"{' '.join(words)} ended with {process.returncode} before its first step")
-            time.sleep(0.02)
-        seconds = time.perf_counter() - start
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-    return seconds
+        try:
+            while not Path(folder, "run/checkpoint.pt").exists():
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(words)} ended with {process.returncode} before its first step")
+                time.sleep(0.02)
+            return time.perf_counter() - start
+        finally:
+            process.kill()
+            process.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -350,7 +364,7 @@ def report(row, training, limits, args, compiled=""):
     r = {"rate": rate, "ms": 1000 * batch / rate, "parts": training.parts(args.steps, compiled)}
     if cuda:
         r["GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        r["syncs"], r["kernels"], longest = training.syncs_and_kernels(5, compiled)
+        r["syncs"], r["kernels"], longest = training.syncs_and_kernels(args.steps, compiled)
     if not compiled:
         rows = training.work()
         training.flops, training.floor = sum(x[1] for x in rows), 1000 * floor_seconds(rows, *limits)
@@ -365,6 +379,17 @@ def report(row, training, limits, args, compiled=""):
         for kernel, ms in longest[:12]:
             print(f"    {ms:8.3f} ms  {kernel[:100]}")
     return r
+
+
+@contextlib.contextmanager
+def survived(row, compiled):
+    """One row must not cost a lease the others: what ends it is told, and lies in the list that is given."""
+    ended = []
+    try:
+        yield ended
+    except (Exception, SystemExit) as e:
+        ended.append(e)
+        print(f"{row:12}{compiled:9} failed: {type(e).__name__}: {' '.join(str(e).split())[:300]}", flush=True)
 
 
 def main(argv=None):
@@ -391,8 +416,12 @@ def main(argv=None):
     if args.start_up:
         header(device)
         for row in args.rows:
-            results[row] = first_step(row, device, args.small)
-            print(f"{row:12} first step after {results[row]:5.1f} s (target 20)", flush=True)
+            with survived(row, "") as ended:
+                results[row] = first_step(row, device, args.small)
+                print(f"{row:12} first step after {results[row]:5.1f} s (target 20)", flush=True)
+            failed |= ended != []
+        if failed:
+            raise SystemExit(1)
         return results
     if args.count:
         header(device, matrix_rate=f"{args.ceilings[0]:.0f} TFLOP/s", copy=f"{args.ceilings[1]:.0f} GB/s")
@@ -415,16 +444,14 @@ def main(argv=None):
           + "".join(f"{p[:7]:>8}" for p in PARTS) + f"{'GFLOP':>9}{'of rate':>8}{'floor':>8}"
           + (f"{'kernels':>9}{'syncs':>6}{'GiB':>7}" if device.type == "cuda" else ""))
     sizes = [["--batch-size", str(b)] for b in ((32, 64) if args.quick else (256, 512, 1024, 2048, 4096, 8192))]
+    ways = ["", "compiled", "graphs"][:3 if device.type == "cuda" else 2] if args.compile else [""]
     for row, more in itertools.product(["simclr"], sizes) if args.sweep else itertools.product(args.rows, [[]]):
-        training = Training(row, device, more, args.small)
-        ways = ["", "compiled", "graphs"][:3 if device.type == "cuda" else 2] if args.compile else [""]
+        training = None
         for compiled in ways:
-            try:
+            with survived(row, compiled) as ended:
+                training = training or Training(row, device, more, args.small)
                 results[(row, *more[1:], compiled)] = report(row, training, limits, args, compiled)
-            except Exception as e:                                  # one row must not cost a lease the others
-                failed = True
-                print(f"{row:12}{compiled:9} failed: {type(e).__name__}: {str(e).splitlines()[0][:200]}", flush=True)
-        del training
+            failed |= ended != []
     if device.type == "cuda":
         print("\nkernels: ms of a step in which kernels run; far less than ms: launches cost, see the graphs' row.\n"
               "simclr: at least 35 % of the rate, or the profile (--profile) and the floor that forbid it")

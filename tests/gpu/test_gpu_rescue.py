@@ -94,7 +94,7 @@ def test_a_deterministic_run_gives_the_same_bits_twice_and_exports(method, few, 
     reports, weights = [], []
     for name in ("one", "two"):
         reports.append(R.main(["--dataset", "folder", "--data-dir", str(few), "--workers", "0", "--device", "cuda",
-                               *SMALL, "--method", method, "--epochs", "2", "--deterministic",
+                               *SMALL, "--method", method, "--epochs", "2", "--deterministic", "--local-crops", "0",
                                "--out", str(tmp_path / name)]))
         weights.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True, map_location="cpu")["model"])
     assert reports[0]["loss"] == reports[1]["loss"] and reports[0]["export_difference"] <= 1e-4
