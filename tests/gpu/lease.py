@@ -239,7 +239,7 @@ def folder_of(quick: bool, seed: int) -> Path:
 
 def words_of(job: Job, quick: bool, epochs: int, seed: int = 0) -> list:
     runs = folder_of(quick, seed)
-    values = {"E": str(epochs), "fifth": str(max(1, epochs // 5)), "device": "cpu" if quick else "cuda",
+    values = {"E": str(epochs or "E"), "fifth": str(max(1, epochs // 5)), "device": "cpu" if quick else "cuda",
               "runs": str(runs), **{k: v if quick else "" for k, v in QUICK.items()}}
     words = []
     for word in re.sub(r"{([\w-]+)}", lambda m: values[m[1]], job.words).split():
@@ -252,11 +252,12 @@ def words_of(job: Job, quick: bool, epochs: int, seed: int = 0) -> list:
     return words
 
 
-def execute(name: str, words: list, out: Path, seconds: float) -> int:
-    """Run it with its output in out/NAME.log; at the limit SIGTERM, then SIGKILL. Returns its status (124: limit)."""
+def execute(name: str, words: list, seconds: float) -> int:
+    """Run it, its output in a log; at the limit SIGTERM, then SIGKILL. Returns its status (124: limit)."""
     print(f"\n$ python {' '.join(words)}", flush=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "20"}
-    log = out / f"{name}.log"
+    log = THERE / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as f:
         start = log.stat().st_size
         process = subprocess.Popen([sys.executable, *words], stdout=f, stderr=subprocess.STDOUT, env=environment,
@@ -280,12 +281,12 @@ def execute(name: str, words: list, out: Path, seconds: float) -> int:
     return code
 
 
-def fit_epochs(job: Job, programme: Programme, quick: bool, seed: int, out: Path, seconds: float) -> int:
+def fit_epochs(job: Job, programme: Programme, quick: bool, seed: int, seconds: float) -> int:
     """How many epochs each of the group's runs may have, from one epoch of its first run; 0 if that failed."""
     begun, trial = time.time(), Job(f"fit-{job.group}", job.words, group=job.group)
     folder = folder_of(quick, seed) / trial.name
     shutil.rmtree(folder, ignore_errors=True)
-    if execute(trial.name, words_of(trial, quick, 1, seed), out, seconds):
+    if execute(trial.name, words_of(trial, quick, 1, seed), seconds):
         return 0
     report, config = (json.loads((folder / name).read_text()) for name in ("report.json", "config.json"))
     spent, runs = time.time() - begun, sum(j.group == job.group for j in programme.jobs)
@@ -318,14 +319,14 @@ def run(programme: Programme, quick: bool, seed: int, limit: float, out: Path) -
         if f"fit-{job.group}" in failed:
             continue
         if job.group and not state["epochs"].get(job.group):
-            state["epochs"][job.group] = fit_epochs(job, programme, quick, seed, out, deadline - time.time())
+            state["epochs"][job.group] = fit_epochs(job, programme, quick, seed, deadline - time.time())
             write_state(state)
             if not state["epochs"][job.group]:
                 failed.append(f"fit-{job.group}")
                 continue
         words = words_of(job, quick, state["epochs"].get(job.group, 0), seed)
         begun = time.time()
-        code = execute(job.name, words, out, deadline - begun if job.group else min(job.seconds, deadline - begun))
+        code = execute(job.name, words, deadline - begun if job.group else min(job.seconds, deadline - begun))
         goes_on = code == 124 and (job.group or begun + job.seconds > deadline)
         print(f"{job.name}: {'goes on in the next call' if goes_on else f'status {code}'}, {time.time() - begun:.0f} s")
         if not goes_on:
@@ -333,7 +334,7 @@ def run(programme: Programme, quick: bool, seed: int, limit: float, out: Path) -
             failed += [job.name] if code else []
         write_state(state)
     with tarfile.open(out / "lease.tgz", "w:gz") as tar:
-        for file in sorted([*out.glob("*.log"), *runs.rglob("*")]):
+        for file in sorted([*(THERE / "logs").glob("*.log"), *runs.rglob("*")]):
             if (file.suffix in (".log", ".json", ".csv", ".png") and file.name != "views.png") \
                     or file.name in ("similarity.npz", "clusters.npz"):
                 tar.add(file, file.relative_to(runs) if file.is_relative_to(runs) else Path("logs", file.name))
