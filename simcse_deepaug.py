@@ -52,6 +52,8 @@ Deviations from the papers and their code
     6. Positions count from a sentence's first token, so padding may stand on either side.
     7. --objective supervised regresses scores from |u - v|, u * v (Tai et al. 2015); the paper does not say from what.
     8. On CUDA the forward pass runs in bfloat16 (loss, weights and evaluation in float32).
+    9. SimCSE's separate second pass for MLM goes through the network together with the first: the same numbers with half
+       as many kernels, but --transform pca finds its components among the rows of both.
 """
 import argparse
 import copy
@@ -637,7 +639,7 @@ class Net(nn.Module):
     """Encoder, projector and masked-language head, with Deep Augmentation between the numbered layers.
 
     forward(ids [B, L], mask [B, L], rows bool [B] or None) -> z [B, dim]; with masked ids, their rows and the places to
-    predict it makes a second pass and returns (z, logits [M, vocabulary]).
+    predict it returns (z, logits [M, vocabulary]).
     """
     def __init__(self, a, lm, targets: list):
         super().__init__()
@@ -676,15 +678,17 @@ class Net(nn.Module):
         return h.gather(1, first).squeeze(1)
 
     def forward(self, ids, mask, rows=None, masked_ids=None, masked_rows=None, index=None):
-        states = self.states(ids, mask, rows)
-        z = self.pooled(states[-1], mask)
+        if masked_ids is None:
+            states = self.states(ids, mask, rows)
+            h = states[-1]
+        else:                                                        # SimCSE's two passes (models.py) as one of 2B rows
+            states = self.states(torch.cat([ids, masked_ids]), mask.repeat(2, 1), torch.cat([rows, masked_rows]))
+            h, masked = states[-1].chunk(2)
+        z = self.pooled(h, mask)
         if self.projector is not None and (self.training or self.pooler == "cls-mlp"):
             z = self.projector(z)
         z = self.augmented(len(states), z, rows)                     # the last number: the output vector
-        if masked_ids is None:
-            return z
-        h = self.states(masked_ids, mask, masked_rows)[-1]           # a whole second pass, as SimCSE models.py makes
-        return z, self.mlm_logits(h.flatten(0, 1)[index])            # only the places to predict
+        return z if masked_ids is None else (z, self.mlm_logits(masked.flatten(0, 1)[index]))     # the places to predict
 
     def mlm_logits(self, h) -> Tensor:
         """transformers' masked-language head, tied to the word embeddings: [M, dim] -> [M, vocabulary]."""
