@@ -52,7 +52,7 @@ Deviations from the papers and their code
     6. Positions count from a sentence's first token, so padding may stand on either side.
     7. --objective supervised regresses scores from |u - v|, u * v (Tai et al. 2015); the paper does not say from what.
     8. On CUDA the forward pass runs in bfloat16 (loss, weights and evaluation in float32).
-    9. SimCSE's second pass, for MLM, goes through the network together with the first: the same numbers with half as many
+    9. SimCSE's second pass, for MLM, goes through the network together with the first: the same numbers with half of the
        kernels, but --transform pca finds its components among the rows of both.
 """
 import argparse
@@ -688,7 +688,7 @@ class Net(nn.Module):
         if self.projector is not None and (self.training or self.pooler == "cls-mlp"):
             z = self.projector(z)
         z = self.augmented(len(states), z, rows)                     # the last number: the output vector
-        return z if masked_ids is None else (z, self.mlm_logits(masked.flatten(0, 1)[index]))     # M places to predict
+        return z if masked_ids is None else (z, self.mlm_logits(masked.flatten(0, 1)[index]))       # [M, vocab]
 
     def mlm_logits(self, h) -> Tensor:
         """transformers' masked-language head, tied to the word embeddings: [M, dim] -> [M, vocabulary]."""
