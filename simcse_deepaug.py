@@ -52,8 +52,8 @@ Deviations from the papers and their code
     6. Positions count from a sentence's first token, so padding may stand on either side.
     7. --objective supervised regresses scores from |u - v|, u * v (Tai et al. 2015); the paper does not say from what.
     8. On CUDA the forward pass runs in bfloat16 (loss, weights and evaluation in float32).
-    9. SimCSE's second pass, for MLM, goes through the network together with the first: the same numbers with half of the
-       kernels, but --transform pca finds its components among the rows of both.
+    9. SimCSE's second pass, for MLM, goes through the network together with the first: the same numbers, half of the
+       kernels; but --transform pca finds its components among the rows of both.
 """
 import argparse
 import copy
