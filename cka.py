@@ -317,7 +317,7 @@ class Encoder:
             raise ValueError(f"no file {path}")
         extra = {"config.json": ""}
         try:
-            with warnings.catch_warnings():  # deprecated since torch 2.11 but working: silence just that, of any category
+            with warnings.catch_warnings():  # deprecated since torch 2.11 but working: silence that
                 warnings.filterwarnings("ignore", message=r".*torch\.jit\.load")
                 self.model = torch.jit.load(path, map_location=device, _extra_files=extra).eval()
             config = json.loads(extra["config.json"])
