@@ -14,7 +14,8 @@ CPU) and a large copy. "of rate": the operations of all matrix products and conv
 the first ceiling.
 
 "floor": the sum over all operators of a step, as dispatched eagerly, of the longer of operations / matrix rate and
-bytes / copy rate, each input read once and each output written once; eager code cannot be faster, fused code can.
+bytes / copy rate, each input read once and each output written once. Eager code can hardly be faster (only what stays
+in the L2 cache moves at another rate), fused code can.
 --compile adds a row compiled and on CUDA one compiled with CUDA graphs (mode "reduce-overhead": worth it where kernels
 fill much less than the step). --count takes operations, bytes and the number of operators, each at least one launch,
 from a run on the CPU under bf16 autocast at two small batches and extrapolates them to the row's batch.
