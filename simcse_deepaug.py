@@ -35,8 +35,8 @@ Commands
     torchrun --nproc_per_node=4 simcse_deepaug.py --preset paper   # several GPUs, the same training
 
 What to expect
-    The default run takes under 60 s on two CPU cores; Spearman x 100 on pairs of unseen combinations rises from
-    18.0 ± 1.1 to 44.5 ± 2.2 (three seeds; without Deep Augmentation 47.4 ± 2.1). A BERT of width 64 from scratch on
+    The default run takes about a minute on two CPU cores; Spearman x 100 on pairs of unseen combinations rises from
+    18.0 ± 1.1 to 42.8 ± 2.3 (three seeds; without Deep Augmentation 46.5 ± 2.9). A BERT of width 64 from scratch on
     60,000 real sentences, average of the seven STS tasks: 48.4 before, SimCSE 53.5 ± 0.7, layer 12 with stop-gradient
     53.8 ± 1.2, layer 8 48.4 (all with MLM). So small a start does not show the paper's gain; docs/results.md has all
     that was measured. --eval-only gives all-MiniLM-L6-v2's published STS scores.
