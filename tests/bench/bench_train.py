@@ -194,8 +194,8 @@ class Training:
         def caught(*args):
             self.bound = inspect.signature(self.train).bind(*args)
             raise Enough
-        with mock.patch.object(self.module, "train", caught), contextlib.redirect_stdout(io.StringIO()), \
-                progress_hidden(), contextlib.suppress(Enough):
+        with progress_hidden(), mock.patch.object(self.module, "train", caught), \
+                contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough):
             self.module.main([*words, *more, "--device", device.type, "--out", f"{self.folder.name}/run"])
         arguments = self.bound.arguments
         self.a = arguments["a"]
