@@ -104,7 +104,7 @@ def test_a_run_goes_on_where_it_was_stopped(there, capsys, monkeypatch):
     assert state["done"] == {"plain": 0, "bad": 1, "fast": 0}
     epochs = state["epochs"]["g"]                                   # 5 s an epoch, two runs in two minutes
     assert 11 <= epochs <= 12
-    assert "slow: goes on in the next call" in shown and "later: in the next call" in shown
+    assert "slow: goes on in the next call" in shown and "later: after the trainings" in shown
     assert lease.run(programme, False, 0, 5, there / "out") == 0
     state = json.loads((there / "state/state.json").read_text())
     assert state["done"] == {"plain": 0, "bad": 1, "fast": 0, "slow": 0, "later": 0} and state["epochs"]["g"] == epochs
@@ -118,7 +118,8 @@ def test_a_run_goes_on_where_it_was_stopped(there, capsys, monkeypatch):
 
 
 def test_jobs_wait_for_their_data(there, capsys):
-    programme = lease.Programme("", [lease.Job("needy", "-c print(1)", needs=(lease.C10,))])
+    programme = lease.Programme("", [lease.Job("needy", "train.py {E}", needs=(lease.C10,), group="g"),
+                                     lease.Job("map", "-c 1/0")], {"g": 1})
     (there / "lease-data/cifar-10").mkdir(parents=True)
     (there / "lease-data/cifar-10/test.zip").write_text("one of two parts")
     lease.PACKED, kept = there / "nowhere", lease.PACKED
@@ -126,7 +127,8 @@ def test_jobs_wait_for_their_data(there, capsys):
         assert lease.run(programme, False, 0, 20, there / "out") == 0
     finally:
         lease.PACKED = kept
-    assert "needy: waits for cifar-10-png" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "needy: waits for cifar-10-png" in shown and "map: after the trainings" in shown
     assert (there / "state/parts/cifar-10/test.zip").exists()
 
 

@@ -307,8 +307,11 @@ def run(programme: Programme, quick: bool, seed: int, limit: float, out: Path) -
         folder.mkdir(parents=True, exist_ok=True)
     unpack({n for job in programme.jobs for n in job.needs})
     failed = []
-    for job in programme.jobs:
+    for i, job in enumerate(programme.jobs):
         if job.name in state["done"]:
+            continue
+        if not job.group and any(j.group and j.name not in state["done"] for j in programme.jobs[:i]):
+            print(f"{job.name}: after the trainings")
             continue
         if missing := [n for n in job.needs if not Path("data", n).exists() and not (quick and n != TEXT)]:
             print(f"{job.name}: waits for {', '.join(missing)}")
