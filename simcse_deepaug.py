@@ -922,8 +922,8 @@ def meters(z1: Tensor, z2: Tensor) -> dict:
     """
     z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
     x = (z1 - z1.mean(0)).double()
-    small = x @ x.T if len(x) < x.shape[1] else x.T @ x              # eigenvalues s², cheaper than an SVD
-    s = torch.linalg.eigvalsh(small).clamp(min=0).sqrt()
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x               # eigenvalues s²: cheaper than an SVD
+    s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     s = s / s.sum().clamp(min=1e-12)
     return {"embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
             "effective_rank": torch.exp(-torch.xlogy(s, s).sum()).item(),
