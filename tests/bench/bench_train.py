@@ -5,7 +5,7 @@
     python tests/bench/bench_train.py --start-up                  # seconds from `python SCRIPT` to its first step
     python tests/bench/bench_train.py --count --ceilings 788 4300 # no GPU: operations, bytes, the floor they set
 
-Every row is a script's main(), at the papers' sizes (on the CPU, but for --count, at those of its default run), up to
+Every row is a script's main(), at the papers' sizes (on the CPU, but for --count, the default run's network), up to
 train(), which then runs with those very arguments a few times: once alone for the speed; once with marks before and
 after views, forward, backward, optimizer (CUDA events, no waiting; "loss" is what Rescue.forward or the loss functions
 do, "rest" what lies between); on CUDA once more for the host syncs of the steps that don't log (must be none) and the
@@ -50,8 +50,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
 from bench_views import finish, header  # noqa: E402
 
-# row: (script, flags, flags on the CPU). The sizes are the papers' and the default runs', on data made here.
+# Real sentences where they lie, else the grammar's
 TEXT = next((["--train-file", str(f)] for f in [ROOT / "data/text/wiki1m_first11914.txt"] if f.exists()), [])
+# row: (script, flags: the papers' sizes on drawn pictures, flags on the CPU)
 ROWS = {
     "simclr": ("simclr_deepaug", "--arch resnet18 --batch-size 1024", "--batch-size 64"),
     "simcse": ("simcse_deepaug", "--width 768 --vocab-size 30522 --no-mlm --eval-every 0", "--no-mlm --eval-every 0"),
@@ -64,7 +65,7 @@ ROWS = {
     "dinov2": ("topk_rescue", "--preset cifar --dataset shapes --method dinov2 --no-baseline",
                "--method dinov2 --no-baseline --batch-size 32"),
 }
-# the functions whose time is counted under these names, where a script has them; innermost first come
+# the functions whose time is counted under these names, where a script has them
 SPANS = {"views": ("two_views", "train_views", "common_view", "local_crops", "strong_views", "mask_tokens"),
          "loss": ("nt_xent", "losses_of", "simcse_loss", "mlm_loss")}
 PARTS = ("batch", "views", "forward", "loss", "backward", "optimizer", "rest")
@@ -241,15 +242,13 @@ class Training:
         spans = [(module, f, name) for name, functions in SPANS.items() for f in functions if hasattr(module, f)]
         spans += [(network, "__call__", "forward"), (torch.Tensor, "backward", "backward")]
         spans += [(rescue, "forward", "loss")] if rescue else []    # views and networks inside have their own
-        hooks = [register_optimizer_step_pre_hook(lambda *_: marks.mark("optimizer")),
-                 register_optimizer_step_post_hook(lambda *_: marks.mark(None))]
         with contextlib.ExitStack() as stack:
+            stack.callback(register_optimizer_step_pre_hook(lambda *_: marks.mark("optimizer")).remove)
+            stack.callback(register_optimizer_step_post_hook(lambda *_: marks.mark(None)).remove)
             for owner, function, name in spans:
                 stack.enter_context(mock.patch.object(owner, function, marks.around(name, getattr(owner, function))))
             stack.enter_context(mock.patch.object(module, "train_batches", marks.batches(module.train_batches)))
             yield
-        for hook in hooks:
-            hook.remove()
 
     def parts(self, steps, compiled=""):
         """{part: milliseconds of a step}, after as many to warm up."""
