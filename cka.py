@@ -337,6 +337,8 @@ class Encoder:
         if not self.names:
             raise ValueError(f"{path} has no such layer; its layers: {', '.join(self.all)}")
         self.labels = [f"layer {numbers[name]} ({name})" if name in numbers else name for name in self.names]
+        augmented = str(config.get("flags", {}).get("layer", "none")).split("+")  # red crosses on the numbered map
+        self.targets = [i for i, name in enumerate(self.names) if str(numbers.get(name)) in augmented]
         self.folder = Path(path).resolve().parent.name
 
     @torch.no_grad()
@@ -473,7 +475,7 @@ def measure(args):
         summary(M, a, b, kind)
         if kind != "classes":
             path = out if a is first else out.with_name(f"{out.stem}-{a.folder}.png")
-            draw_map(M, path, a.names, b.names, stretch, title=f"{a.folder}\n{kind if a is b else b.folder}")
+            draw_map(M, path, a.names, b.names, stretch, a.targets if args.numbered else (), title=f"{a.folder}\n{kind if a is b else b.folder}")
     if kind == "classes":
         draw_lines([(r["run_a"], np.ravel(r["map"])) for r in results], out, first.names, "CKA with the classes")
     if stretch:

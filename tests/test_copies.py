@@ -1,6 +1,8 @@
-"""The scripts are copied alone, so what several of them need stands in each as the same text: this compares the texts.
+"""The scripts are copied alone, so what several need stands in each as the same text. Here the
+texts are compared, and the budgets of size held.
 
-Directly above a top-level definition (and its decorators) `# same text in: a.py, b.py` promises identical source.
+New form: `# --- the same in simclr, vicreg ---` opens a run of definitions, `# --- end ---` closes
+it. Old form, compared among its kind: `# same text in: a.py, b.py` right above a definition.
 """
 import ast
 import re
@@ -9,108 +11,117 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["simclr_deepaug.py", "simcse_deepaug.py", "vicreg_probe.py", "topk_rescue.py"]
-MARK = re.compile(r"#\s*same text in:\s*(.*)")
+# script: (lines, KB, top-level definitions) at most
+BUDGETS = {"simclr_deepaug.py": (1000, 52, 48), "simcse_deepaug.py": (1100, 58, 52),
+           "vicreg_probe.py": (1350, 74, 60), "topk_rescue.py": (1450, 78, 68)}
+START, END = re.compile(r"# --- the same in (.+) ---"), "# --- end ---"
+OLD = re.compile(r"# same text in: (.+)")
 
+def short(script: str) -> str:
+    return script.removesuffix(".py").split("_")[0]
 
-def definitions(path: Path) -> dict:
-    """{name: (text, files of its marker or None, line)} of the top-level def, class and assignment statements."""
-    source = path.read_text(encoding="utf-8")
-    lines, found = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names = [node.name]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-        else:
-            continue
-        first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])])
-        mark = MARK.fullmatch(lines[first - 2].strip()) if first >= 2 else None
-        files = sorted(f.strip() for f in mark[1].split(",")) if mark else None
-        for name in names:
-            found[name] = ("\n".join(lines[first - 1:node.end_lineno]), files, first)
+def statements(text: str) -> list:
+    """[(name, text with decorators, first line, is it a def or class)], imports left out."""
+    found, lines = [], text.splitlines()
+    for node in ast.parse(text).body:
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            name = getattr(node, "name", lines[first - 1].split("=")[0].strip())
+            body = "\n".join(lines[first - 1:node.end_lineno])
+            found.append((name, body, first, hasattr(node, "name")))
     return found
 
+def runs(script: str, text: str) -> tuple[dict, list]:
+    """({line: the names of the run that it lies in}, what is wrong with the markers)."""
+    inside, wrong, names = {}, [], None
+    for number, line in enumerate([*text.splitlines(), None], 1):
+        opened = START.fullmatch(line or "")
+        like = line and line != END and re.match(r"\s*# ?-+ ?(the same in|end\b)", line)
+        if (opened or line is None) and names or line == END and not names:
+            wrong.append(f"{script}:{number}: a run is not closed, or not open")
+        if like and not opened:
+            wrong.append(f"{script}:{number}: no marker: {line}")
+        if opened:
+            names = opened[1].split(", ")
+            if not {short(script)} < set(names) <= {short(s) for s in BUDGETS}:
+                wrong.append(f"{script}:{number}: names of this script and others: {names}")
+        names = None if line == END else names
+        inside[number] = names
+    return inside, wrong
 
-def check(root: Path, scripts=SCRIPTS) -> list:
-    """What is wrong with the copies in the scripts that exist, one line each; empty when all is well."""
-    have = {s: definitions(root / s) for s in scripts if (root / s).exists()}
-    wrong = []
+def check(texts: dict) -> list:
+    """What is wrong with the copies in {script: its text}, a line each."""
+    wrong, have = [], {}  # {script: {name: (text, names or files of its marker or None)}}
+    new = [s for s, text in texts.items() if any(map(START.fullmatch, text.splitlines()))]
+    for script, text in texts.items():
+        lines, marked = [" ", *text.splitlines()], {}
+        if script in new:
+            marked, wrong_markers = runs(script, text)
+            wrong += wrong_markers
+        else:
+            for n, line in enumerate(lines):
+                if found := OLD.fullmatch(line):
+                    marked[n + 1] = [short(s) for s in found[1].split(", ") if s not in new]
+        have[script] = {name: (body, marked.get(first), defined)
+                        for name, body, first, defined in statements(text)}
     for script, names in have.items():
-        loose = len([line for line in (root / script).read_text(encoding="utf-8").splitlines()
-                     if MARK.fullmatch(line.strip())])
-        marks = len({line for _, files, line in names.values() if files})
-        if loose != marks:
-            wrong.append(f"{script}: {loose - marks} marker(s) not directly above a top-level definition")
-        for name, (text, files, line) in names.items():
-            if files is None:
-                continue
-            where = f"{script}:{line} {name}"
-            if script not in files:
-                wrong.append(f"{where}: its marker does not list {script} itself")
-            for other in files:
-                if other not in scripts:
-                    wrong.append(f"{where}: its marker lists {other}, which is no script")
-                elif other in have and name not in have[other]:
-                    wrong.append(f"{where}: missing in {other}")
-                elif other in have and have[other][name][0] != text:
-                    wrong.append(f"{where}: another text in {other}")
-                elif other in have and have[other][name][1] != files:
-                    wrong.append(f"{where}: the marker in {other} lists {have[other][name][1]}, not {files}")
-    texts = {}
-    for script, names in have.items():
-        for name, (text, files, _) in names.items():
-            if text.count("\n") >= 2 and text.lstrip().startswith(("def", "class", "async", "@")):
-                texts.setdefault(text, []).append((script, name, files))
-    for same in texts.values():
-        bare = [f"{s} {n}" for s, n, files in same if files is None]
-        if len({s for s, _, _ in same}) > 1 and bare:
-            wrong.append(f"shared word for word without a marker: {', '.join(bare)}")
+        group = {short(s): s for s in have if (s in new) == (script in new)}
+        for name, (body, marker, defined) in names.items():
+            for other in [group[s] for s in marker or [] if s in group]:
+                if have[other].get(name, ())[:2] != (body, marker):
+                    wrong.append(f"{script}: {name}: another text or marker in {other}, or none")
+            unmarked = {s for m, s in group.items() if s != script and m not in (marker or [])}
+            wrong += [f"{script}: {name}: the same in {s}, without a marker" for s in unmarked
+                      if defined and body.count("\n") > 1 and have[s].get(name, [""])[0] == body]
     return wrong
 
-
-SHARED = "# same text in: a.py, b.py\n@property\ndef f(x):\n    y = x + 1\n    return y\n"
-PLAIN = SHARED.split("\n", 1)[1]
-
+F, G = "@property\ndef f(x):\n    y = x + 1\n    return y\n", "K = 200\n"
+RUN = f"# --- the same in simclr, topk ---\n{F}# ==== banner ====\n{G}# --- end ---\n"
+MARK = f"# same text in: simcse_deepaug.py, vicreg_probe.py, simclr_deepaug.py\n{F}"
 
 @pytest.mark.parametrize("a, b, complaint", [
-    (SHARED, SHARED, None),
-    (SHARED, None, None),                                                          # b.py is not written yet
-    (SHARED + "\n\ndef own():\n    a = 1\n    return a\n", SHARED, None),
-    ("# same text in: a.py, b.py\nK = 200\n", "# same text in: a.py, b.py\nK = 200\n", None),
-    ("def g():\n    pass\n", "def g():\n    pass\n", None),                        # two lines: too short to matter
-    (SHARED, SHARED.replace("+ 1", "+ 2"), "another text in b.py"),
-    (SHARED, SHARED.replace("@property\n", ""), "another text in b.py"),           # decorators belong to the text
-    ("# same text in: a.py, b.py\nK = 200\n", "# same text in: a.py, b.py\nK = 100\n", "another text in b.py"),
-    (SHARED, SHARED.replace("def f", "def g"), "missing in b.py"),
-    (SHARED, "x = 1\n", "missing in b.py"),
-    (SHARED, SHARED.replace("a.py, b.py", "a.py, b.py, c.py"), "the marker in b.py lists"),
-    (SHARED, PLAIN, "the marker in b.py lists None"),
-    (SHARED.replace("a.py, b.py", "b.py"), SHARED.replace("a.py, b.py", "b.py"), "does not list a.py itself"),
-    (SHARED.replace("b.py", "d.py"), None, "which is no script"),
-    (PLAIN, PLAIN, "without a marker: a.py f, b.py f"),
-    ("class C:\n    x = 1\n    y = 2\n",) * 2 + ("without a marker",),
-    (SHARED.replace("b.py\n", "b.py\n\n"), None, "not directly above"),            # a blank line between
-    ("def f():\n    # same text in: a.py, b.py\n    x = 1\n", None, "not directly above"),
-])
-def test_checker_finds_each_kind_of_fault(tmp_path, a, b, complaint):
-    for name, text in (("a.py", a), ("b.py", b)):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-    wrong = check(tmp_path, ["a.py", "b.py", "c.py"])
+    (RUN, RUN.replace("# ==== banner ====\n", ""), None), (RUN, F, None),  # F: of the old form
+    (RUN, RUN + "def own():\n    a = 1\n    return a\n", None),
+    (RUN, RUN.replace("+ 1", "+ 2"), "f: another text"),
+    (RUN, RUN.replace("@property\n", ""), "f: another text"),
+    (RUN, RUN.replace("200", "100"), "K: another"), (RUN, RUN.replace("def f", "def g"), "f: ano"),
+    (RUN, RUN.replace("simclr, ", "simclr, vicreg, "), "f: another text or marker"),
+    (RUN, RUN.replace(F, "") + F, "f: another text or marker"),
+    (RUN.replace(F, "") + F, RUN.replace(F, "") + F, "f: the same in topk_rescue.py, without"),
+    (RUN, RUN + RUN.splitlines()[0], "not closed"), (RUN, RUN + END, "not open"),
+    (RUN + "    # --- end ---", RUN, "no marker"),
+    (RUN + "# -- the same in topk --", RUN, "no marker"),
+    (RUN.replace("topk", "vicreg"), RUN, "f: the same in topk_rescue.py, without"),
+    (RUN.replace("simclr, ", ""), RUN, "names of this script"),
+    (RUN.replace("topk", "tops"), RUN, "names of this script")])
+def test_checker_finds_each_kind_of_fault(a, b, complaint):
+    wrong = check({"simclr_deepaug.py": a, "topk_rescue.py": b})
     assert any(complaint in w for w in wrong) if complaint else wrong == []
 
+@pytest.mark.parametrize("b, complaint", [
+    (MARK, None), (MARK.replace("+ 1", "+ 2"), "f: another"), (F, "f: another"), (G, "f: another")])
+def test_checker_compares_scripts_of_the_old_form(b, complaint):
+    wrong = check({"simcse_deepaug.py": MARK, "vicreg_probe.py": b, "simclr_deepaug.py": RUN})
+    assert any(complaint in w for w in wrong) if complaint else wrong == []
 
 def test_copies_in_the_scripts_are_the_same_text():
-    assert (ROOT / "simclr_deepaug.py").exists()
-    assert check(ROOT) == []
+    assert check({s: (ROOT / s).read_text(encoding="utf-8") for s in BUDGETS}) == []
 
+@pytest.mark.parametrize("script", BUDGETS)
+def test_budget(script):
+    text = (ROOT / script).read_text(encoding="utf-8")
+    lines, kb, definitions = BUDGETS[script]
+    if not any(map(START.fullmatch, text.splitlines())):
+        pytest.skip("still in the old form")
+    defs = {name: first + body.count("\n") for name, body, first, d in statements(text) if d}
+    assert text.count("\n") <= lines and len(text.encode()) <= 1024 * kb
+    assert len(defs) <= definitions and max(map(len, text.splitlines())) <= 100
+    assert ast.get_docstring(ast.parse(text), clean=False).count("\n") < 45
+    assert max(defs.get("deep_augment", 0), defs.get("nt_xent", 0)) <= 250
 
 def test_scripts_import_none_of_each_other_and_cka_only_inside_functions():
-    """A script copied alone must start: of ours it imports at most cka.py, and that where it is used."""
-    ours = {s.removesuffix(".py") for s in SCRIPTS}
-    for script in [s for s in SCRIPTS + ["cka.py"] if (ROOT / s).exists()]:
+    ours = {s.removesuffix(".py") for s in BUDGETS}
+    for script in [*BUDGETS, "cka.py"]:
         tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             names = [node.module] if isinstance(node, ast.ImportFrom) else \

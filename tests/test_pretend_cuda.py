@@ -128,14 +128,21 @@ def outputs_of(net):
     return dtypes
 
 
-@pytest.mark.parametrize("flags", ["--arch resnet18", "--layer all --transform channel --blur 0.5 --solarize 0.2",
-                                   "--optimizer lars --pairs cross", "--objective supervised --freeze before"])
+@pytest.mark.parametrize("flags", ["--arch resnet18 --views simclr",
+                                   "--layer all --transform channel --views crop",
+                                   "--layer 3 --optimizer lars --pairs cross",
+                                   "--layer 3 --objective supervised --freeze before"])
 def test_simclr(pretend, flags, tmp_path):
-    a = S.settings([*flags.split(), "--batch-size", "32", "--log-every", "1000", "--epochs", "9"])
-    split = pictures(S)
-    net = S.build(a, split, list(range(20)), CUDA)
+    """10,000 steps: a log step, which may wait, is then every 50th."""
+    a = S.settings(["--layer", "none", *flags.split(), "--batch-size", "32", "--epochs", "2500"])
+    a.layer, a.seed = a.layer[0], a.seed[0]
+    split = S.Split(32, torch.zeros(128, dtype=torch.long, device=CUDA),
+                    torch.zeros(128, 3, 32, 32, dtype=torch.uint8, device=CUDA))
+    a.device = "cuda"
+    net = S.build(a, split, list(range(20)))
     dtypes = outputs_of(net)
-    three_steps(pretend, lambda: S.train(a, net, split, tmp_path, CUDA, 2, None, None), net, [])
+    with mock.patch.object(S, "save_checkpoint"):
+        three_steps(pretend, lambda: S.train(a, net, split, tmp_path, dict, None), net, [])
     assert set(dtypes) == {torch.bfloat16}
 
 

@@ -3,8 +3,8 @@
     python tests/bench/bench_step.py [--arch small] [--batch-size 256] [--steps 10] [--repeats 3] [--quick]
     python tests/bench/bench_step.py --device cuda --arch resnet18 --batch-size 1024
 
-ours      the script's train(), from its first line to its checkpoint: batches, views, Net in channels_last (bf16
-          autocast on CUDA), Deep Augmentation at layer 4, nt_xent, fused SGD, log lines
+ours      the script's train(): batches, views, Net in channels_last (bf16 autocast on CUDA), Deep
+          Augmentation at layer 4, nt_xent, fused SGD, log lines; on CUDA compiled (its default)
 usual     PIL pictures in DataLoader workers (bench_views.py), the same Net in NCHW without Deep Augmentation, float32
           (on CUDA also under autocast), the straightforward NT-Xent (bench_nt_xent.py), plain SGD, loss.item() a step
 
@@ -35,8 +35,8 @@ class Usual:
     def __init__(self, split, flags, device, steps, workers, autocast=False):
         self.device, self.batch, self.autocast = device, S.settings(flags).batch_size, autocast
         self.steps = max(steps, 4 * workers)                        # workers deliver in waves: time several of them
-        self.net = S.build(S.settings([*flags, "--layer", "none"]), split, [], device)
-        self.net.layers["input"] = nn.Identity()                    # the transforms normalise
+        self.net = S.build(one_run([*flags, "--layer", "none"]), split, [])
+        self.net.layers[0] = nn.Identity()                    # the transforms normalise
         self.net = self.net.to(memory_format=torch.contiguous_format).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), 0.5, momentum=0.9, weight_decay=1e-4)
         self.warm = max(2, workers)                                 # steps before the clock starts
@@ -65,16 +65,22 @@ class Usual:
         return self.steps * self.batch / (end - start)
 
 
+def one_run(flags):
+    """Settings as main() hands them on: the one layer, the one seed."""
+    a = S.settings(flags)
+    [a.layer], [a.seed] = a.layer, a.seed
+    return a
+
+
 def train_rate(split, flags, device):
-    """Pictures a second of the script's train(): from its first line to the checkpoint at its end."""
+    """Pictures a second of the script's train(), log lines included."""
     epochs = 4 if device.type == "cuda" else 1
-    a = S.settings([*flags, "--epochs", str(epochs), "--warmup-epochs", "0"])
-    steps = len(split) // a.batch_size
-    net = S.build(a, split, [], device)
+    a = one_run([*flags, "--epochs", str(epochs), "--warmup-epochs", "0"])
+    net = S.build(a, split, [])
     finish(device)
     with tempfile.TemporaryDirectory() as out:
-        report = S.train(a, net, split, Path(out), device, steps, None, None)
-    return report["steps"] * a.batch_size / report["seconds"]
+        state = S.train(a, net, split, Path(out), lambda: {}, None)
+    return state["step"] * a.batch_size / state["seconds"]
 
 
 def main(argv=None):
@@ -93,8 +99,9 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True                           # as run() sets it
     workers = args.workers or (os.cpu_count() if cuda else 2)
     images, labels = S.draw_shapes(50_000 if cuda else args.steps * args.batch_size, 0, device)
-    split = S.Split(labels, 32, images=images)
-    flags = ["--arch", args.arch, "--device", args.device, "--batch-size", str(args.batch_size)]
+    split = S.Split(32, labels, images)
+    flags = ["--layer", "4", "--views", "simclr", "--arch", args.arch, "--device", args.device,
+             "--batch-size", str(args.batch_size)]
     header(device, arch=args.arch, batch=args.batch_size, steps=args.steps, repeats=args.repeats, workers=workers)
 
     ways = {"ours": lambda: train_rate(split, flags, device)}

@@ -54,7 +54,8 @@ from bench_views import finish, header  # noqa: E402
 TEXT = next((["--train-file", str(f)] for f in [ROOT / "data/text/wiki1m_first11914.txt"] if f.exists()), [])
 # row: (script, flags: the papers' sizes on drawn pictures, flags on the CPU)
 ROWS = {
-    "simclr": ("simclr_deepaug", "--arch resnet18 --batch-size 1024", "--batch-size 64"),
+    "simclr": ("simclr_deepaug", "--views simclr --layer 4 --arch resnet18 --batch-size 1024",
+               "--views simclr --layer 4 --batch-size 64"),
     "simcse": ("simcse_deepaug", "--width 768 --vocab-size 30522 --no-mlm --eval-every 0", "--no-mlm --eval-every 0"),
     "simcse+mlm": ("simcse_deepaug", "--width 768 --vocab-size 30522 --eval-every 0", "--eval-every 0"),
     "vicreg": ("vicreg_probe", "--arch RES-5-250 --projector 2048 2048 --batch-size 256 --target-net none",
@@ -202,8 +203,8 @@ class Training:
         self.a = arguments["a"]
         self.a.epochs, self.a.save_every = 10 ** 6, 10 ** 9         # on_step says when it is enough
         self.a.probe_epochs = []                                    # vicreg_probe.py saves before a probe
-        for probe in {"after_epoch", "probe_after"} & set(arguments):
-            arguments[probe] = lambda *_: None                      # training alone is measured
+        for probe in {"after_epoch", "probe_after", "measure"} & set(arguments):
+            arguments[probe] = lambda *_: {}  # training alone is measured
 
     def run(self, on_step, compiled="", log_every=10 ** 9):
         """Train until on_step(number of steps done) raises Enough."""
@@ -329,25 +330,26 @@ def counted(row, args):
 
 
 def first_step(row, device, small):
-    """Seconds from `python SCRIPT FLAGS` to the end of its first step: when its first checkpoint appears."""
+    """Seconds from `python SCRIPT FLAGS` to the end of its first step, where it is ended."""
     script, large_flags, small_flags = ROWS[row]
     with tempfile.TemporaryDirectory() as folder:
         flags = (small_flags if small else large_flags).split()
         if script == "vicreg_probe":                                # it probes before the first step: here a little
             flags += "--sample-level 0 0 0 --mine-steps 0 --probes ncc --probe-images 500".split()
-        words = [sys.executable, f"{script}.py", *flags, "--device", device.type, "--out", f"{folder}/run",
-                 "--save-every", "0"]
+        end = f"""if 1:
+            import os, sys, torch, {script}
+            from torch.optim.optimizer import register_optimizer_step_post_hook
+            def leave(*_):
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()
+                os._exit(0)
+            register_optimizer_step_post_hook(leave)
+            {script}.main(sys.argv[1:])"""
+        words = [sys.executable, "-c", end, *flags, "--device", device.type]
         start = time.perf_counter()
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            while not Path(folder, "run/checkpoint.pt").exists():
-                if process.poll() is not None:
-                    raise RuntimeError(f"{' '.join(words)} ended with {process.returncode} before its first step")
-                time.sleep(0.02)
-            return time.perf_counter() - start
-        finally:
-            process.kill()
-            process.wait()
+        subprocess.run([*words, "--out", f"{folder}/run"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, check=True)
+        return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -364,7 +366,8 @@ def report(row, training, limits, args, compiled=""):
     r = {"rate": rate, "ms": 1000 * batch / rate, "parts": training.parts(args.steps, compiled)}
     if cuda:
         r["GiB"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        r["syncs"], r["kernels"], longest = training.syncs_and_kernels(args.steps, compiled)
+        warm = min(args.steps, 30)  # simclr logs, which waits, at step 50
+        r["syncs"], r["kernels"], longest = training.syncs_and_kernels(warm, compiled)
     if not compiled:
         rows = training.work()
         training.flops, training.floor = sum(x[1] for x in rows), 1000 * floor_seconds(rows, *limits)
@@ -383,7 +386,7 @@ def report(row, training, limits, args, compiled=""):
 
 @contextlib.contextmanager
 def survived(row, compiled):
-    """One row must not cost a lease the others: what ends it is told, and lies in the list that is given."""
+    """One row must not cost the others: what ends it is told, and lies in the list given."""
     ended = []
     try:
         yield ended

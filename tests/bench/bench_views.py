@@ -93,13 +93,13 @@ def grown_heap():
 
 def ours_rate(split, a, device, n):
     normalize = S.Normalize(torch.tensor(MEAN), torch.tensor(STD)).to(device)
-    batches = S.train_batches(split, a, device, 0, len(split) // a.batch_size, 0, 1)
+    batches = S.train_batches(split, a, 0, len(split) // a.batch_size, 0, 1)
     for _ in range(2):
-        normalize(S.two_views(next(batches)[0], split, a))
+        normalize(S.two_views(next(batches)[0], split.size, a))
     finish(device)
     start, rounds = time.perf_counter(), max(1, n // a.batch_size)
     for _ in range(rounds):
-        normalize(S.two_views(next(batches)[0], split, a))
+        normalize(S.two_views(next(batches)[0], split.size, a))
     finish(device)
     return rounds * a.batch_size / (time.perf_counter() - start)
 
@@ -117,7 +117,6 @@ def usual_rate(loader, device):
 
 # ---- what the order does
 
-OPERATIONS = (S.brightness, S.contrast, S.saturation, S.hue)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))                                # [24, 4]
 
 
@@ -141,9 +140,9 @@ def jitter(x, factors, order, grayed):
         chosen = (order == o).nonzero()[:, 0]
         y = x[chosen]
         for op in ORDERS[o].tolist():
-            y = OPERATIONS[op](y, factors[op][chosen])
+            y = S.adjust(y, op, factors[op][chosen])
         out[chosen] = y
-    return torch.where(grayed, S.gray(out), out)
+    return torch.where(grayed, S.rgb_to_grayscale(out), out)
 
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -187,7 +186,7 @@ def order_effect(images, args, a, split, device):
             views[name] = jitter(x, factors, order.to(device), grayed)
             finish(device)
             seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-        script.add(S.two_views(chosen, split, a)[:size])
+        script.add(S.two_views(chosen, split.size, a)[:size])
         for pixels, name in ((batch, "batch"), (picture, "picture"), (again, "again")):
             pixels.add(views[name])
         gaps.append((views["picture"] - views["again"]).abs().mean((1, 2, 3)).cpu())
@@ -229,8 +228,9 @@ def main(argv=None):
     device = torch.device(args.device)
     workers = args.workers or (os.cpu_count() if args.device == "cuda" else 2)
     images, data = pictures(args, device)
-    a = S.settings(["--batch-size", str(args.batch_size), "--device", args.device])
-    split = S.Split(None, 32, images=images)
+    a = S.settings(["--views", "simclr", "--batch-size", str(args.batch_size),
+                    "--device", args.device])
+    a.seed, split = 0, S.Split(32, torch.full((len(images),), -1), images)
     segment = max(args.images, args.batch_size * 4 * workers)       # enough batches for every worker
     loader = usual_loader(images, segment + args.batch_size * workers, args.batch_size, workers)
     n_ours = segment * (1 if args.quick else 50 if args.device == "cuda" else 4)     # ours is faster: as many seconds
