@@ -872,20 +872,20 @@ def compare(folders):
     panels = defaultdict(dict)
     for name, seeds in groups.items():
         layer, _, others = name.removeprefix("layer ").partition(", ")
-        along = [pooled(rows) for rows in zip(*seeds)]  # a row for each probed epoch
+        along = [pooled(rows) for rows in zip(*seeds)]  # a row an epoch
         table[name] = along[-1]
         if "linear" in along[-1]:
-            points = panels["linear probe by layer, test %"].setdefault(others, [])
+            points = panels["linear by layer, test %"].setdefault(others, [])
             points.append((layer, *along[-1]["linear"]))
         for k in ("test", "train") if "alignment_test" in along[-1] else ():
-            panels[f"alignment against uniformity, {k}"][name] = [
-                (row[f"uniformity_{k}"][0], row[f"alignment_{k}"][0], 0) for row in along]
+            panels[f"alignment by uniformity, {k}"][name] = [  # without the untrained network
+                (r[f"uniformity_{k}"][0], r[f"alignment_{k}"][0], 0) for r in along[1:] or along]
     shown = [k for k in table["untrained"] if k.endswith(("linear", "knn", "_test"))]
-    print("".join(f"{k:>17}" for k in ["", *shown]))
+    width = max(map(len, table))
+    print(" " * width + "".join(f"{k:>17}" for k in shown))
     for name, row in table.items():
         cells = ["%.2f ± %.2f" % row[k] if k in row else "" for k in shown]
-        cells = [cell.removesuffix(" ± 0.00") for cell in cells]
-        print(f"{name:17}" + "".join(f"{cell:>17}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{c.removesuffix(' ± 0.00'):>17}" for c in cells))
     target = (folders[0] if len(folders) == 1 else folders[0].parent) / "compare.png"
     draw(target, panels)
     return table
