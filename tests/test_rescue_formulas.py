@@ -51,13 +51,13 @@ def close(got, expected, rtol=1e-4, floor=1e-5):
     torch.testing.assert_close(got, expected, rtol=rtol, atol=floor * max(expected.abs().max().item(), 1e-3))
 
 
-def same_gradients(fast: nn.Module, slow: nn.Module, rtol=2e-3):
+def same_gradients(fast: nn.Module, slow: nn.Module, rtol=2e-3, floor=1e-3):
     """Of every parameter; `slow` is a float64 copy. Returns how many parameters had one."""
     count = 0
     for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            close(p.grad, q.grad, rtol=rtol, floor=1e-3)
+            close(p.grad, q.grad, rtol=rtol, floor=floor)
             count += 1
     return count
 
@@ -131,7 +131,7 @@ def test_mocov3_is_the_sum_of_both_directions_with_keys_of_the_target(arch):
     assert not z_a.requires_grad and z_b.requires_grad
     loss.backward()
     expected.backward()
-    assert same_gradients(m, slow, rtol=1e-2) >= 15  # 8 rows of BatchNorm: rounding differs between CPUs
+    assert same_gradients(m, slow, floor=5e-3) >= 15  # 8 rows of BatchNorm: rounding differs between CPUs
     assert not any(p.requires_grad or p.grad is not None for p in m.target.parameters())
 
 
