@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy", "matplotlib", "tqdm", "pillow",
-#                 "safetensors"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy", "matplotlib", "tqdm", "safetensors"]
 # ///
 """SimCLR with Deep Augmentation (Brüel-Gabrielsson et al., arXiv 2303.14537).
 
@@ -35,7 +34,6 @@ import random
 import re
 import shlex
 import sys
-import tempfile
 import time
 import warnings
 from collections import OrderedDict, defaultdict
@@ -43,7 +41,7 @@ from contextlib import redirect_stdout, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, median, median_low, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 import torch
@@ -67,17 +65,22 @@ LAYERS = range(-1, 7)  # Figure 2: input, stem, the stages, average pool, head
 # Appendix A.1 and SupContrast's README
 PAPER = dict(dataset="cifar100", views="simclr", arch="resnet18", layer=["4"], batch_size=1024,
              epochs=1500, warmup_epochs=10)
+# Grigg et al. (arXiv 2110.00528), Appendix A, and SimCLR, which it follows
+GRIGG = dict(dataset="cifar10", views="simclr", crop_min=0.08, arch="resnet50", head_layers=3,
+             layer=["none"], optimizer="lars", weight_decay=1e-6, batch_size=4096, epochs=1300,
+             warmup_epochs=10)
 # flags that say where and how a run computes, not what: --resume may change them
 HOW = set("out resume device data_dir workers compile probe_every transfer compare preset".split())
 
-# --- the same in simclr, simcse, vicreg, topk ---
+# --- the same in simclr, simcse, vicreg, topk, cka ---
 class BadInput(ValueError):
     """What a user can put right: main() prints it as one line, exit code 2."""
 
 def check(good, message):
     if not good:
         raise BadInput(message)
-
+# --- end ---
+# --- the same in simclr, simcse, vicreg, topk ---
 def within(low, high, kind=float):  # an argparse type
     def number(text):
         if not low <= kind(text) <= high:
@@ -96,13 +99,12 @@ def targets_of(layer):
 def settings(argv=None):
     """The flags, checked; each --layer with each --seed is a run."""
     positive, count = within(1e-9, 1e9), within(0, 10 ** 9, int)
-    yes_no = argparse.BooleanOptionalAction
+    yes_no, cuda = argparse.BooleanOptionalAction, torch.cuda.is_available()
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: check(False, f"{message} (see --help)")
     add = p.add_argument_group("Deep Augmentation").add_argument
     add("--layer", nargs="+", default=["none", "0"], metavar="L",
-        help="-1 input to 6 head; 3+4; all; none; auto: by the CKA map of --init; several values: "
-             "a run each")
+        help="-1 input to 6 head; 3+4; all; none; auto: by the CKA map of --init; several: runs")
     add("--rate", type=within(0, 0.999), default=0.5, help="dropout rate")
     add("--stop-grad", action=yes_no, default=True, help="none from augmented rows to layers below")
     add("--sample", type=within(1e-9, 1), default=0.5, help="share of the rows to augment")
@@ -114,53 +116,57 @@ def settings(argv=None):
     add("--data-dir", help="your pictures; or where CIFAR lies or goes (data)")
     add("--pictures", type=count, default=0, help="to train on; 0: all")
     add("--views", choices=["simclr", "crop", "none"], default="none", help="none: the picture")
-    add("--image-size", type=within(0, 4096, int), default=0, help="of a view; 0: as they are")
+    add("--crop-min", type=within(0.01, 1), default=0.2, help="smallest, of the area")
+    add("--image-size", type=count, default=0, help="of a view; 0: as they are")
     add = p.add_argument_group("network and training").add_argument
     add("--arch", choices=["small", "resnet18", "resnet34", "resnet50"], default="small")
     add("--head-layers", type=int, choices=[2, 3], default=2, help="of the projection head")
     add("--objective", choices=["simclr", "supervised"], default="simclr")
     add("--temperature", type=positive, default=0.5, help="of NT-Xent")
-    add("--preset", choices=["paper"], help=f"other defaults: {PAPER}")
-    add("--epochs", type=count, default=10, help="0: the untrained network")
+    add("--preset", choices=["paper", "grigg"], help="other defaults: this paper's, Grigg et al.'s")
+    add("--epochs", type=count, default=10, help="0: untrained")
     add("--batch-size", type=within(2, 10 ** 6, int), default=256, help="of all processes")
     add("--lr", type=positive, default=0.5, help="peak")
     add("--optimizer", choices=["sgd", "lars"], default="sgd", help="momentum 0.9")
     add("--weight-decay", type=within(0, 1e9), default=1e-4)
     add("--warmup-epochs", type=count, default=1, help="at most a tenth of the run")
     add("--init", metavar="RUN", help="start from its weights")
-    add("--seed", nargs="+", type=count, default=[0], help="several values: a run each")
+    add("--seed", nargs="+", type=count, default=[0], help="several: a run each")
     add("--deterministic", action="store_true", help="the same bits on CUDA, too")
     add = p.add_argument_group("run").add_argument
     add("--out", help=f"folder; default: runs/{NAME}-DATE-TIME")
     add("--resume", action="store_true", help="go on from --out's checkpoint")
     add("--probe-every", type=count, default=0, help="in epochs; 0: first and last only")
     add("--transfer", choices=["shapes", "cifar10", "cifar100"], nargs="+", default=[])
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     add("--compile", action=yes_no, help="default: on CUDA, where Triton is installed")
     add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="to read pictures")
-    add("--compare", nargs="+", metavar="RUN", help="only compare these runs")
+    add("--compare", nargs="+", metavar="RUN", help="only compare runs")
 
     a = p.parse_args(argv)
     if a.preset == "paper":
         # SupContrast's loss is c NT-Xent (losses.py:103): lr (c g + wd w) = lr c (g + wd/c w)
         c = a.temperature / 0.07 if a.objective == "simclr" else 1
         p.set_defaults(**PAPER, lr=0.5 * c, weight_decay=1e-4 / c)
-        a = p.parse_args(argv)  # again: a flag beside the preset wins
+    if a.preset == "grigg":
+        p.set_defaults(**GRIGG)
+        if a.objective == "supervised":
+            p.set_defaults(views="crop", batch_size=8192, epochs=300)
+        p.set_defaults(lr=0.3 * p.parse_args(argv).batch_size / 256)
+    a = p.parse_args(argv)  # again: a flag beside the preset wins
     a.layer, a.seed = list(dict.fromkeys(a.layer)), list(dict.fromkeys(a.seed))
     a.dataset = a.dataset or ("folder" if a.data_dir else "shapes")
-    cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1"))
-    if a.device == "auto":
-        a.device = "cuda" if cuda else "cpu"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if a.compile is None:
-        a.compile = a.device == "cuda" and find_spec("triton") is not None
+        a.compile = a.device == "cuda" and bool(find_spec("triton"))
     check(cuda or a.device == "cpu", "--device cuda: there is none here")
     check(a.dataset != "shapes" or not a.data_dir, "--data-dir: shapes are drawn")
     check(a.dataset != "folder" or a.data_dir, "--dataset folder needs --data-dir")
-    check("auto" not in a.layer or a.init, "--layer auto needs a trained network: --init")
+    check("auto" not in a.layer or a.init, "--layer auto needs --init")
     check(a.out or not a.resume, "--resume needs --out")
-    check(a.batch_size % world == 0, f"--batch-size must be a multiple of {world} processes")
+    check(a.batch_size % world == 0, f"--batch-size: a multiple of {world} processes")
     for layer in set(a.layer) - {"auto"}:
-        check(targets_of(layer) or a.freeze == "none", "--freeze needs --layer, and not none")
+        check(targets_of(layer) or a.freeze == "none", "--freeze needs a --layer")
     return a
 
 # ==== 2 Method ====
@@ -279,7 +285,7 @@ class Net(nn.Module):
         return h
 
     def features(self, images):
-        return self.layers[:-1](images)  # layer 5, [B, dim]: the representation that is kept
+        return self.layers[:-1](images)  # layer 5, [B, dim]: what is kept
 
     def activations(self, images):
         """{name: output} of stem, layerS.B.odd and .even, avgpool, head.0 ... head."""
@@ -312,7 +318,7 @@ def two_views(images, size, a):
     if a.views == "none":
         return to_unit(images, size).repeat(2, 1, 1, 1)
     jitter = (0.4, 0.4, 0.4, 0.1) if a.views == "simclr" else None
-    return make_views(images.repeat(2, 1, 1, 1), size, jitter=jitter)
+    return make_views(images.repeat(2, 1, 1, 1), size, (a.crop_min, 1), jitter)
 
 # --- the same in simclr, vicreg, topk ---
 def make_views(images, size, crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)):
@@ -458,7 +464,7 @@ def load_folder(a):
     root = Path(a.data_dir)
     check(root.is_dir(), f"--data-dir {root}: no such folder")
     train, test = list_pictures(root), []
-    tops = {name.lower(): name for _, name in train}  # the folders in it that hold pictures
+    tops = {name.lower(): name for _, name in train}  # folders that hold pictures
     tests = [list_pictures(root / tops[name]) for name in ("test", "val", "valid", "validation")
              if name in tops]
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
@@ -471,7 +477,7 @@ def load_folder(a):
     groups = {name: ([], []) for name in classes or [""]}  # {class: (train, test)}
     for part, pictures in enumerate((train, test)):
         for file, name in pictures:
-            if not classes or name in groups:  # else it lies beside the class folders
+            if not classes or name in groups:  # else beside the class folders
                 groups[name if classes else ""][part].append(file)
     for files, held in groups.values():
         random.Random(0).shuffle(files)
@@ -479,18 +485,16 @@ def load_folder(a):
             held += [files.pop() for _ in range(len(files) // 10 or len(files) > 1)]
     splits = [[(f, label) for label, group in enumerate(groups.values()) for f in group[part]]
               for part in (0, 1)]
-    few = ", ".join(name for name in classes if len(groups[name][0]) < 9)
-    print(f"{root}: {len(classes) or 'no'} classes{few and f' (few of {few})'}, {len(splits[0])} "
-          f"pictures to train on, {len(splits[1])} to test with, "
-          f"{len(train + test) - sum(map(len, splits))} left out")
+    print(f"{root}: {len(classes) or 'no'} classes, {len(splits[0])} pictures to train on, "
+          f"{len(splits[1])} to test with, {len(train + test) - sum(map(len, splits))} left out")
     sizes = []
     for file, _ in random.Random(0).sample(splits[0], min(100, len(splits[0]))):
         with suppress(Exception), Image.open(file) as picture:
             sizes.append(min(picture.size))
     check(sizes and splits[1], f"--data-dir {root}: too few pictures that can be read")
-    usual = median_low(sizes)
+    usual = int(median(sizes))
     size = a.image_size or min(224, usual)
-    side = max(size, min(round(size * 8 / 7), usual))  # with a margin for the crops
+    side = max(size, min(round(size * 8 / 7), usual))  # a margin for crops
     fit = 3 * side ** 2 * sum(map(len, splits)) < 4 << 30
     for part, pictures in enumerate(splits):
         random.Random(0).shuffle(pictures)  # the first n are then of all classes
@@ -675,8 +679,7 @@ def train(a, net, split, out, measure, state):
     if a.compile:
         torch.compiler.reset()
         model = torch.compile(model)
-    bar = {} if sys.stderr.isatty() else {  # a log file: a line in ten seconds
-        "mininterval": 10, "bar_format": "{n_fmt} of {total_fmt} images, {rate_fmt}{postfix}\n"}
+    bar = {} if sys.stderr.isatty() else {"mininterval": 10, "bar_format": "{l_bar}{r_bar}\n"}
     bar = tqdm(total=total * a.batch_size, initial=state["step"] * a.batch_size, unit="images",
                unit_scale=True, disable=rank > 0, **bar)
     batches = train_batches(split, a, state["step"], steps, rank, world)
@@ -711,7 +714,7 @@ def train(a, net, split, out, measure, state):
             continue
         *values, weight = torch.stack([*losses, sum(w.sum() for w in weights)]).tolist()
         check(math.isfinite(sum(values) + weight), f"the loss is not finite at about step {step}; "
-              f"{out} has an older checkpoint. A smaller --lr helps")
+              f"{out} keeps its checkpoint; try a smaller --lr in a new --out")
         seconds = time.time() - begun
         state["seconds"] += seconds
         row = {"step": step, "epoch": step / steps, "loss": mean(values), "lr": lr,
@@ -762,12 +765,12 @@ def linear_probe(x, y, x_test, y_test, classes):
 def weighted_knn(x, y, x_test, y_test, classes, k=200, t=0.1):
     """Test accuracy in %: the k nearest vote with weight exp(cosine / t) (Wu et al. 2018)."""
     x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
-    correct = torch.zeros((), device=x.device)
-    for q, target in zip(x_test.split(1024), y_test.split(1024)):
+    winners = []
+    for q in x_test.split(1024):
         cosine, i = (q @ x.T).topk(min(k, len(x)), dim=1)  # [q, k]
         votes = torch.zeros(len(q), classes, device=x.device)
-        correct += (votes.scatter_add_(1, y[i], (cosine / t).exp()).argmax(1) == target).sum()
-    return 100 * correct.item() / len(x_test)
+        winners.append(votes.scatter_add_(1, y[i], (cosine / t).exp()).argmax(1))
+    return 100 * (torch.cat(winners) == y_test).float().mean().item()
 
 @torch.no_grad()
 def outputs(f, split, limit=None):
@@ -859,9 +862,9 @@ def compare(folders):
             flags = {k: v for k, v in r["flags"].items() if k not in HOW - {"data_dir"}}
             check(r["script"] == NAME and r["probes"], "another script's")
             runs[str(flags)] = targets_of(flags["layer"]), flags, r["probes"]  # each run once
-        except (ValueError, LookupError, TypeError, AttributeError):
-            print(f"{file}: left out, not a finished run of this script")
-    check(runs, "no finished run in there")
+        except Exception:
+            print(f"{file}: left out, no finished run of this script")
+    check(runs, "no finished run there")
     for _, flags, probes in sorted(runs.values(), key=lambda run: run[0]):
         name = ", ".join(f"{k} {v}" for k, v in flags.items() if k == "layer" or k != "seed" and
                          any(other.get(k) != v for _, other, _ in runs.values()))
@@ -869,8 +872,7 @@ def compare(folders):
 
     def pooled(rows):  # the same probe of several seeds
         values = {k: [row[k] for row in rows if k in row] for k in rows[0]}
-        return {k: (mean(v), stdev(v) if v[1:] else 0.0)
-                for k, v in values.items()}
+        return {k: (mean(v), stdev(v) if v[1:] else 0.0) for k, v in values.items()}
 
     table = {"untrained": pooled([probes[0] for seeds in groups.values() for probes in seeds])}
     panels = defaultdict(dict)
@@ -879,10 +881,9 @@ def compare(folders):
         along = [pooled(rows) for rows in zip(*seeds)]  # a row an epoch
         row = table[name] = pooled([probes[-1] for probes in seeds])
         if "linear" in row:
-            points = panels["linear by layer, test %"].setdefault(others, [])
-            points.append((layer, *row["linear"]))
+            panels["linear by layer, test %"].setdefault(others, []).append((layer, *row["linear"]))
         for k in ("test", "train") if "alignment_test" in row else ():
-            panels[f"alignment by uniformity, {k}"][name] = [  # without the untrained network
+            panels[f"alignment by uniformity, {k}"][name] = [  # not the untrained
                 (r[f"uniformity_{k}"][0], r[f"alignment_{k}"][0], 0) for r in along[1:] or along]
     shown = [k for k in table["untrained"] if k.endswith(("linear", "knn", "_test"))]
     width = max(map(len, table))
@@ -900,9 +901,8 @@ def run(a, out, data):
     if a.layer == "auto":  # Section 6.1: where the co-adapted stretch starts, or ends
         import cka
         check(Path(a.init, "encoder.pt").exists(), f"--layer auto: no encoder.pt in {a.init}")
-        with tempfile.TemporaryDirectory() as folder:
-            stretch = cka.main([f"{a.init}/encoder.pt", "--numbered", "--out", f"{folder}/m.png"])
-        a.layer = str(stretch["stretch"][not a.stop_grad])
+        stretch = cka.run(cka.settings([f"{a.init}/encoder.pt", "--numbered"]))["stretch"]
+        a.layer = str(stretch[not a.stop_grad])
     net = build(a, train_split, classes)
     if a.init:
         try:
@@ -939,9 +939,9 @@ def run(a, out, data):
     torch.manual_seed(0)
     shown = [to_unit(images, test_split.size), two_views(images, test_split.size, a)]
     torchvision.utils.save_image(torch.cat(shown), out / "views.png", nrow=len(images))
-    with suppress(ImportError, SystemExit), redirect_stdout(None):  # no cka.py; few pictures
+    with suppress(ImportError, SystemExit), redirect_stdout(None):  # no cka.py; few images
         import cka
-        cka.main([str(out / "encoder.pt"), "--numbered"])
+        cka.main([f"{out}/encoder.pt", "--numbered", f"--out={out}/cka"])
     report_file.write_text(json.dumps(report, indent=1))
     return report
 
@@ -970,7 +970,7 @@ def main(argv=None):
               f"--out {out} is not empty; --resume goes on with a run")
         data = {name: load_data(name, a) for name in [a.dataset, *a.transfer]}
         split = data[a.dataset][0]
-        split.labels = split.labels[:a.pictures or None]  # its length is that of its labels
+        split.labels = split.labels[:a.pictures or None]  # which are its length
         check(a.batch_size <= len(split), f"--batch-size: there are {len(split)} pictures")
         check(a.objective == "simclr" or data[a.dataset][2], "--objective supervised needs labels")
         reports = [run(r, place, data) for r, place in zip(runs, places)]
@@ -981,7 +981,7 @@ def main(argv=None):
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         again = shlex.join([sys.argv[0], *words, *["--out", str(out)] * bool(out), "--resume"])
-        print(f"\nstopped; the checkpoint is at most a minute old; to go on:\npython {again}")
+        print(f"\nstopped; to go on:\npython {again}")
         raise SystemExit(130) from None
     finally:
         if dist.is_initialized():

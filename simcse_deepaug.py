@@ -1284,11 +1284,11 @@ def draw_figures(a, net: Net, tokenizer, dev, out: Path, device, report: dict, s
     try:
         if dev is None:
             raise ValueError("no dev sentences")
-        from cka import coadapted_stretch, draw_map
+        from cka import coadapted_stretch, draw
         layers = layer_map(net, tokenizer, dev, device)
         names = ["0 embeddings", *map(str, range(1, len(layers) - 1)), f"{len(layers) - 1} output"]
-        draw_map(layers, out / "cka.png", names, stretch=stretch or coadapted_stretch(layers[:-1, :-1]),
-                 targets=net.targets, title=out.name)
+        draw(out / "cka.png", [{"map": layers.tolist(), "names_a": names, "targets": net.targets, "run_a": out.name,
+                                "stretch": stretch or coadapted_stretch(layers[:-1, :-1])}])
     except (ImportError, ValueError) as e:                           # no cka.py beside this script; too few sentences
         print(f"no map of the layers: {e}")
 

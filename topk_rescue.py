@@ -2060,11 +2060,12 @@ def draw_figures(a, step_of: Rescue, split: Split, out: Path, device, report: di
     save_figure(figure, out / "curves.png")
 
     try:
-        from cka import coadapted_stretch, draw_map
+        from cka import coadapted_stretch, draw
         layers = layer_map(step_of.method.kept, split, a, device)
         names = list(layer_names(a).items())[1:]
-        draw_map(layers, out / "cka.png", [f"{i} {name}" for i, name in names], stretch=coadapted_stretch(layers),
-                 targets=[t for t in a.targets if t >= 0] if a.strong == "deepaug" else [], title=out.name)
+        draw(out / "cka.png", [{"map": layers.tolist(), "names_a": [f"{i} {name}" for i, name in names], "run_a": out.name,
+                                "stretch": coadapted_stretch(layers),
+                                "targets": [t for t in a.targets if t >= 0] if a.strong == "deepaug" else []}])
     except (ImportError, ValueError) as e:                           # no cka.py beside this script; too few pictures
         print(f"no map of the layers: {e}")
 

@@ -53,6 +53,7 @@ def without(words, flags):
 
 
 LOADED = {}
+GRIGG = [f"{name}/layer-none-seed-{seed}" for name in ("simclr", "supervised") for seed in (0, 1)]
 
 
 def fast(monkeypatch, script, draw, words):
@@ -78,9 +79,12 @@ def workplace(tmp_path_factory, few):
     here = tmp_path_factory.mktemp("workplace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        S.main([*TINY, "--data-dir", str(few), "--layer", "none", "--out", "runs/base"])
-    for name in ("a", "b", "OTHER", "dropout20"):
-        shutil.copytree(here / "runs/base", here / "runs" / name)
+        for name, views in (("base", "none"), ("a", "simclr")):
+            S.main([*TINY, "--data-dir", str(few), "--layer", "none", "--views", views, "--out",
+                    f"runs/{name}"])
+    for name in ("b", "OTHER", "dropout20", *GRIGG):
+        shutil.copytree(here / "runs" / ("base" if name == "dropout20" else "a"),
+                        here / "runs" / name)
     return here
 
 
@@ -101,7 +105,7 @@ def test_simclr_command(command, workplace, few, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(S, "draw", lambda *_: None)
     monkeypatch.setattr(S, "export", lambda *_: 0.0)
     monkeypatch.setattr(S, "linear_probe", lambda *_: 0.0)
-    monkeypatch.setattr(cka, "draw_map", lambda *_, **__: None)
+    monkeypatch.setattr(cka, "draw", lambda *_: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_: None)  # it would stay on
     words = without(words, DROPPED) + TINY + ["--arch", "small", "--data-dir", str(few)]
     words += ["--layer", *a.layer[:2], "--seed", *map(str, a.seed[:2])]
@@ -163,7 +167,8 @@ def probed(tmp_path_factory, few):
         patch.chdir(here)
         V.main([*SMALL, "--data-dir", str(few), *PROBED, "--target-epochs", "1", "--mine-steps", "2",
                 "--target-net", "RES-1-8", "--out", "runs/a"])
-    shutil.copytree(here / "runs/a", here / "runs/b")
+    for name in ("b", GRIGG[0]):
+        shutil.copytree(here / "runs/a", here / "runs" / name)
     return here
 
 
@@ -235,11 +240,11 @@ def test_cka_command(command, workplace, few, real_data_or_none, monkeypatch):
     monkeypatch.chdir(workplace)
     dataset = words[words.index("--dataset") + 1] if "--dataset" in words else "samples"
     words = without(words, {"--dataset", "--data-dir"})
-    if dataset == "folder":
+    if dataset in ("folder", "cifar10"):
         words += ["--dataset", "folder", "--data-dir", str(few)]
     elif dataset == "cifar100" and real_data_or_none:
         words += ["--dataset", "cifar100", "--data-dir", str(real_data_or_none)]
-    assert cka.main([*words, "--images", "16", "--batch-size", "8", "--device", "cpu"])["map"]
+    assert cka.main([*words, "--images", "16", "--batch-size", "8"])["map"]
 
 
 @pytest.mark.parametrize("command", sorted(c for c in commands() if "tests/bench/" in c))

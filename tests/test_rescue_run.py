@@ -245,7 +245,7 @@ def test_resnet18_of_small_pictures_is_torchvisions_with_another_stem():
 @pytest.mark.parametrize("method, layers", [("simclr", 7), ("dinov2", 7)])
 def test_cka_and_vicreg_probe_read_the_encoders(done, tmp_path, monkeypatch, method, layers):
     encoder = done[method] / "encoder.pt"
-    measured = cka.main([str(encoder), "--images", "16", "--batch-size", "8", "--device", "cpu", "--numbered", "--out",
+    measured = cka.main([str(encoder), "--images", "16", "--batch-size", "8", "--numbered", "--out",
                          str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").exists() and np.asarray(measured["map"]).shape == (layers, layers)
     monkeypatch.setattr(V, "draw_run", lambda folder: folder / "figures.png")

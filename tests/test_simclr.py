@@ -40,7 +40,7 @@ SHORT = "--pictures 40 --batch-size 20 --epochs 1 --layer 4 --views none"  # two
 def no_figures(monkeypatch):
     """Figures take half of a small run; those of `done` are drawn and looked at."""
     monkeypatch.setattr(S, "draw", lambda *_: None)
-    monkeypatch.setattr(cka, "draw_map", lambda *_, **__: None)
+    monkeypatch.setattr(cka, "draw", lambda *_: None)
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -276,6 +276,17 @@ def test_preset_paper_takes_the_papers_constants_and_a_flag_beside_it_wins():
     a = S.settings("--preset paper --lr 1 --layer none 6 --dataset cifar10".split())
     assert (a.lr, a.layer, a.dataset) == (1, ["none", "6"], "cifar10")
 
+def test_preset_grigg_takes_both_networks_of_the_cka_paper():
+    a, b = (S.settings(["--preset", "grigg", *more]) for more in ([], ["--objective", "supervised"]))
+    for x in (a, b):
+        assert (x.dataset, x.arch, x.layer) == ("cifar10", "resnet50", ["none"])
+        assert (x.head_layers, x.crop_min, x.warmup_epochs) == (3, 0.08, 10)
+        assert (x.optimizer, x.weight_decay) == ("lars", 1e-6)
+    assert (a.views, a.batch_size, a.epochs, a.lr) == ("simclr", 4096, 1300, pytest.approx(4.8))
+    assert (b.views, b.batch_size, b.epochs, b.lr) == ("crop", 8192, 300, pytest.approx(9.6))
+    c = S.settings("--preset grigg --batch-size 512 --epochs 20 --views none".split())
+    assert (c.lr, c.epochs, c.views) == (pytest.approx(0.6), 20, "none")
+
 def test_alignment_and_uniformity_equal_loops_gradients_too_and_meters_see_collapse():
     z1, z2 = (F.normalize(randn(9, 5, seed=s).double(), dim=1).requires_grad_() for s in (0, 1))
     slow = sum(((u - v) ** 2).sum() for u, v in zip(z1, z2)) / 9
@@ -487,6 +498,9 @@ def test_two_views_come_as_views_says_first_views_then_second():
         assert (unchanged.all() if kind != "simclr" else unchanged.float().mean() < 0.5)
         still = shaped.shape == resized.shape and torch.allclose(shaped, resized, atol=1e-6)
         assert still == (kind == "none") == torch.equal(shaped[:32], shaped[32:])
+    whole = S.two_views(shapes, 16, S.settings("--views crop --crop-min 1".split()))
+    same = [(whole - x).abs().flatten(1).amax(1) < 1e-5 for x in (resized, resized.flip(3))]
+    assert (same[0] | same[1]).float().mean() > 0.9 and same[0].any() and same[1].any()
 
 @pytest.mark.parametrize("arch", ["small", "resnet18", "resnet50"])
 def test_activations_are_those_of_torchvisions_blocks_and_of_the_layers(arch):
@@ -550,7 +564,7 @@ def pixels(file):
 
 @pytest.mark.parametrize("layout, names, train_counts, test_counts, says", [
     ("cat/*:25 dog/*:25", "cat dog", [23, 23], [2, 2], "2 classes,"),
-    ("cat/*:20 emu/*:1 fox/*:5", "cat emu fox", [18, 1, 4], [2, 0, 1], "(few of emu, fox)"),
+    ("cat/*:20 emu/*:1 fox/*:5", "cat emu fox", [18, 1, 4], [2, 0, 1], "3 classes,"),
     ("*:20", "", [18], [2], "no classes"), ("only/*:20", "", [18], [2], "no classes"),
     ("cat/*:10 dog/*:10 *:3", "cat dog", [9, 9], [1, 1], "3 left out"),
     ("cat/*:12 dog/*:12 .x*:1 cat/._*:1 __MACOSX/cat/*:1 .git/*:1 cat/.a/*:1", "cat dog", [11, 11],
@@ -724,7 +738,7 @@ def test_probing_changes_no_bit_steps_and_epochs_differ_a_log_gets_whole_lines(
     assert not torch.equal(first, second)
     lines = [line for line in capsys.readouterr().err.split("\n") if line.strip("\r")]
     assert "\r" not in "".join(line.strip("\r") for line in lines)
-    assert re.fullmatch(r"\r?432 of 432 images, .*images/s, loss=\d\.\d+\r?", lines[-1])
+    assert re.fullmatch(r"\r?100%.* 432/432 .*images/s, loss=\d\.\d+\]\r?", lines[-1])
 
 def test_ctrl_c_prints_the_command_that_goes_on_to_the_same_bits(stopped, done, tmp_path):
     half = shutil.copytree(stopped[0], tmp_path / "half")

@@ -803,7 +803,7 @@ def test_init_from_a_checkpoint_file_takes_the_tokenizer_beside_it(data, done, t
 
 def test_layer_auto_is_where_the_co_adapted_stretch_starts_or_ends(data, done, live, tmp_path, capsys):
     """--layer auto --init: the start of the stretch with stop-gradient, its end without (an exact CKA in one batch)."""
-    from cka import coadapted_stretch, linear_cka
+    from cka import coadapted_stretch, exact_map
     first, second, _ = S.load_sts(data / "sts")[1]["dev"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(done / "tokenizer")
     acts = []
@@ -812,9 +812,8 @@ def test_layer_auto_is_where_the_co_adapted_stretch_starts_or_ends(data, done, l
             ids = torch.tensor([tokenizer(sentence)["input_ids"]])
             acts.append([h[0].mean(0) for h in live.activations(ids, torch.ones_like(ids))[:-1]])
     acts = [torch.stack(rows) for rows in zip(*acts)]
-    exact = torch.tensor([[float(linear_cka(x, y)) for y in acts] for x in acts])
     ours = S.layer_map(live, tokenizer, (first, second, None), CPU, output=False)
-    torch.testing.assert_close(ours.float(), exact, atol=0.05, rtol=0)
+    torch.testing.assert_close(ours, exact_map([lambda batch: acts], [0]), atol=0.05, rtol=0)
     start, end = coadapted_stretch(ours)
     for stop_grad, layer in (("--stop-grad", start), ("--no-stop-grad", end)):
         report = S.main(flags(data, "--layer", "auto", "--init", done, stop_grad, "--out", tmp_path / stop_grad))

@@ -1,78 +1,30 @@
-"""The CKA map of all ResNet-18 layers: cka_map against a plain per-pair implementation with hooks, side by side.
+"""The CKA map of all 20 layers of a CIFAR ResNet-18, side by side, each variant in its own process:
 
-    python tests/bench/bench_cka.py [--images 256] [--batch-size 128] [--device cpu] [--repeats 1]
+    forward   the network alone, its outputs kept by hooks
+    cka_map   on top of it
+    per pair  the usual loop, as in the package torch_cka but without its traps: for each pair of layers both Gram
+              matrices and three HSIC_1, term by term
+    old       (--old FILE) cka_map of another version of cka.py
 
-Three variants, each in its own process (so that the memory of one does not hide that of another), on the same random
-images and the same randomly initialised CIFAR ResNet-18 (3x3 stem, 32x32 pixels; 20 named layers):
-    forward   the model alone, nothing kept
-    cka_map   cka.cka_map through cka.module_activations
-    per pair  the usual loop, as the package torch_cka does it: for every layer i its Gram matrix, for every layer j
-              again that Gram matrix, and three HSIC_1 by their formula, with ones-vectors and matrix products. Its
-              traps are left out so that the maps can be compared: outputs are cloned, features centred, no_grad is on;
-              and it gets its activations from one forward pass, where torch_cka runs the model twice.
-Targets: per pair takes at least 5 times as long as cka_map, which adds at most 0.5 GiB to the peak of the forward pass.
+    python tests/bench/bench_cka.py [--images 256] [--batch-size 128] [--device cpu] [--repeats 1] [--old FILE]
+
+Targets: per pair takes 5 times as long as cka_map or more, which adds at most 0.5 GiB to the peak of the forward pass.
 """
-
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torchvision
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import cka
-
-VARIANTS = ("forward", "cka_map", "per pair")
-
-
-def resnet18():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=128)
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
-    odd_even = [name for block in blocks for name in (f"{block}.bn2", block)]  # before and after the addition
-    return model.eval(), ["bn1", "relu", *odd_even, "avgpool", "fc"]
-
-
-def per_pair(model, names, batches):
-    def gram(X):
-        X = X.flatten(1)
-        X = X - X.mean(0)
-        return (X @ X.T).fill_diagonal_(0)
-
-    def hsic(K, L):  # eq. 3 of Nguyen et al. 2021, term by term
-        n = len(K)
-        ones = torch.ones(n, 1, device=K.device)
-        product = K @ L
-        value = torch.trace(product)
-        value = value + (ones.T @ K @ ones @ ones.T @ L @ ones).item() / ((n - 1) * (n - 2))
-        value = value - (ones.T @ product @ ones).item() * 2 / (n - 2)
-        return value.item() / (n * (n - 3))
-
-    outputs, sums = {}, torch.zeros(len(names), len(names), 3, dtype=torch.float64)
-    modules = dict(model.named_modules())
-    for name in names:
-        modules[name].register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out.clone()}))
-    for x in batches:
-        model(x)
-        for i, a in enumerate(names):
-            K = gram(outputs[a])
-            kk = hsic(K, K)
-            for j, b in enumerate(names):
-                L = gram(outputs[b])
-                sums[i, j] += torch.tensor([hsic(K, L), kk, hsic(L, L)], dtype=torch.float64)
-    return sums[..., 0] / (sums[..., 1] * sums[..., 2]).sqrt()
-
-
-def twice(acts):  # a function's own variable ends with it: a batch's activations are not held while the next is made
-    return acts, acts
+CKA = Path(__file__).resolve().parents[2] / "cka.py"
 
 
 def memory(device):
@@ -81,49 +33,74 @@ def memory(device):
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class Peak(threading.Thread):
-    """Samples this process's resident memory every 2 ms (on CUDA the allocator's own peak is exact)."""
+def load(path):
+    spec = importlib.util.spec_from_file_location("cka", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def __init__(self, device):
-        super().__init__(daemon=True)
-        self.device, self.before, self.peak, self.stop = device, memory(device), 0, threading.Event()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.start()
 
-    def run(self):
-        while not self.stop.wait(0.002):
-            self.peak = max(self.peak, memory("cpu"))
+def hooked_resnet18(device):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=128)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    names = ["bn1", "relu", *(n for block in blocks for n in (f"{block}.bn2", block)), "avgpool", "fc"]
+    model, outputs = model.eval().to(device), {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: outputs.update({name: output.clone()}))
 
-    def done(self):
-        self.stop.set()
-        self.join()
-        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else self.peak) - self.before
+    def layers(x):
+        outputs.clear()
+        model(x)
+        acts = [outputs[name] for name in names]
+        return acts, acts
+    return layers
+
+
+def per_pair(batches, layers):
+    def gram(X):
+        X = X.flatten(1)
+        X = X - X.mean(0)
+        return (X @ X.T).fill_diagonal_(0)
+
+    def hsic(K, L):  # Eq. 3 of Nguyen et al. 2021
+        n, one = len(K), torch.ones(len(K), 1, device=K.device)
+        value = torch.trace(K @ L) + (one.T @ K @ one @ one.T @ L @ one).item() / ((n - 1) * (n - 2))
+        return (value - (one.T @ K @ L @ one).item() * 2 / (n - 2)).item() / (n * (n - 3))
+
+    sums = 0
+    for x in batches:
+        acts, rows = layers(x)[0], []
+        for a in acts:
+            K = gram(a)
+            kk = hsic(K, K)
+            rows.append([[hsic(K, L), kk, hsic(L, L)] for L in map(gram, acts)])
+        sums = sums + torch.tensor(rows, dtype=torch.float64)
+    return sums[..., 0] / (sums[..., 1] * sums[..., 2]).sqrt()
 
 
 @torch.no_grad()
 def measure(variant, args):
-    model, names = resnet18()
-    model = model.to(args.device)
-    generator = torch.Generator().manual_seed(1)
-    batches = [torch.rand(args.batch_size, 3, 32, 32, generator=generator).to(args.device)
+    layers, g = hooked_resnet18(args.device), torch.Generator().manual_seed(1)
+    batches = [torch.rand(args.batch_size, 3, 32, 32, generator=g).to(args.device)
                for _ in range(args.images // args.batch_size)]
-    model(batches[0][:8])  # the libraries start
-    peak = Peak(args.device)
-    start = time.perf_counter()
-    M = []
+    cka = load(args.old if variant == "old" else CKA)
+    layers(batches[0][:8])  # the libraries start
+    before, start, M = memory(args.device), time.perf_counter(), torch.zeros(0)
     if variant == "forward":
         for x in batches:
-            model(x)
+            layers(x)
     elif variant == "per pair":
-        M = per_pair(model, names, batches).tolist()
+        M = per_pair(batches, layers)
     else:
-        with cka.module_activations(model, names) as run:
-            M = cka.cka_map(twice(run(x)) for x in batches).tolist()
+        M = cka.cka_map(map(layers, batches))
     if args.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "gib": peak.done() / 2**30, "map": M}
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "gib": (peak - before) / 2**30, "map": M.tolist()}
 
 
 def main(argv=None):
@@ -131,32 +108,22 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=1, help="rounds; the fastest time and the highest peak are kept")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=1, help="rounds; the fastest of each is shown")
+    parser.add_argument("--old", metavar="FILE", help="another cka.py")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant:
         print(json.dumps(measure(args.variant, args)))
-        return None
-    options = [f"--{key}={getattr(args, key.replace('-', '_'))}" for key in ("images", "batch-size", "device")]
-    found = {}
-    for variant in VARIANTS * args.repeats:
-        command = [sys.executable, __file__, *options, "--variant", variant]
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        now = json.loads(run.stdout)
-        old = found.get(variant, now)
-        found[variant] = {"seconds": min(now["seconds"], old["seconds"]), "gib": max(now["gib"], old["gib"]),
-                          "map": now["map"]}
-    forward, ours, plain = (found[variant] for variant in VARIANTS)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.images} images, batches of {args.batch_size}, 20 layers of ResNet-18, {where}")
-    for variant in VARIANTS:
-        print(f"{variant:9} {found[variant]['seconds']:7.2f} s   peak +{found[variant]['gib']:.2f} GiB")
-    result = {"ratio": plain["seconds"] / ours["seconds"], "gib_over_forward": ours["gib"] - forward["gib"],
-              "max_difference": (torch.tensor(ours["map"]) - torch.tensor(plain["map"])).abs().max().item()}
-    print(f"per pair / cka_map: {result['ratio']:.1f} (target: at least 5)")
-    print(f"cka_map's peak over the forward pass: {result['gib_over_forward']:.2f} GiB (target: at most 0.5)")
-    print(f"largest difference of the two maps: {result['max_difference']:.1e}")
-    return result
+        return
+    variants, found = ["forward", "cka_map", "per pair", *["old"] * bool(args.old)], {}
+    for variant in variants * args.repeats:
+        words = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--variant", variant]
+        now = json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        found[variant] = min(now, found.get(variant, now), key=lambda r: r["seconds"])
+    for variant, r in found.items():
+        off = (torch.tensor(r["map"]) - torch.tensor(found["cka_map"]["map"])).abs().max() if r["map"] else 0
+        print(f"{variant:9} {r['seconds']:7.2f} s   {r['seconds'] / found['cka_map']['seconds']:5.2f} of cka_map   "
+              f"peak +{r['gib']:.2f} GiB   differs by {off:.1e}")
 
 
 if __name__ == "__main__":
