@@ -67,11 +67,12 @@ def settings(argv=None):
     add("--images", type=int, default=2048, help="at most, drawn at random (2048)")
     add("--batch-size", type=int, default=256, help="n of HSIC_1 (256)")
     add("--seed", type=int, default=0, help="of pictures and views (0)")
-    add("--out", help="PNG, a JSON beside it; default: beside the encoder")
+    add("--out", type=lambda name: name.removesuffix(".png"), help="OUT.png and OUT.json")
     a = p.parse_intermixed_args(argv)
     check(len(a.encoder) < 3, "one encoder, or two")
     check(min(a.images, a.batch_size) > 3, "--images, --batch-size: 4 at least")
     a.kind = a.kind or ("across" if a.encoder[1:] else "within")
+    a.out = a.out or f"{Path(a.encoder[0]).parent}/cka-{a.only or 'all'}-{a.kind}"
     return a
 
 # ==== 2 CKA ====
@@ -106,7 +107,7 @@ def cka_map(pairs):
         check(len(shape) == 3 and first[2] > 3 and shape[:2] == first[:2] and not ragged,
               "all layers need the same pictures, 4 or more, as many in every batch; "
               f"layers of a, b, pictures: {shape}, first {first}")
-        ragged = shape != first  # a smaller one would weigh differently
+        ragged = shape != first
         if not ragged:
             A, noise_a = grams(acts_a)
             B, noise_b = (A, noise_a) if acts_a is acts_b else grams(acts_b)
@@ -170,11 +171,11 @@ def draw(path, results):
         axes.set_yticks(range(len(r["names_a"])), r["names_a"], fontsize=7)
         for key, colour, size in (("targets", "red", 150), ("stretch", "black", 50)):
             axes.scatter(r[key], r[key], size, colour, marker="x")
-        axes.scatter(r["best"], range(len(r["best"])), 9, "white")
+        axes.scatter(r["best"], range(len(r["best"])), 12, "white", edgecolors="black")
     if lines:
         axes = figure.add_subplot(1, panels, panels, ylabel="CKA")
-        for r, label, values in lines:
-            axes.plot(r["names_a"][:len(values)], values, ".-", label=f"{r['run_a']}: {label}")
+        for r, label, values in sorted(lines, key=lambda line: -len(line[2])):
+            axes.plot(r["names_a"], values, ".-", label=f"{r['run_a']}: {label}")
         axes.tick_params("x", rotation=90, labelsize=7)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
@@ -188,7 +189,7 @@ class Encoder:
         try:
             with warnings.catch_warnings():  # deprecated, but works
                 warnings.filterwarnings("ignore", message=".*torch.jit.load")
-                self.model = torch.jit.load(path, self.device, extra).eval()
+                self.layers = torch.jit.load(path, self.device, extra).eval().activations
             config = json.loads(extra["config.json"])
             self.all, self.number = config["layers"], config["layer_numbers"]
         except Exception:  # of many kinds
@@ -198,12 +199,12 @@ class Encoder:
         self.names = [name for name in self.all if not only or name.endswith(f".{only}")
                       or only == "numbered" and name in self.number]
         check(self.names, f"{path} has only {', '.join(self.all)}")
-        self.run = Path(path).resolve().parent.name
+        self.run = "/".join(Path(path).resolve().parts[-3:-1])
 
     def on(self, images):
         """The function from indices of these pictures, uint8 [N, 3, size, size], to the outputs."""
         def outputs(batch):
-            found = self.model.activations(images[batch].to(self.device) / 255)
+            found = self.layers(images[batch].to(self.device) / 255)
             return [x for name, x in zip(self.all, found) if name in self.names]
         return outputs
 
@@ -223,11 +224,11 @@ class Encoder:
 def load_images(a, size):
     """At most a.images, drawn at random: uint8 [N, 3, size, size], labels [N], -1: none."""
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-    torch.manual_seed(a.seed)
     try:
+        torch.manual_seed(a.seed)
         if a.dataset == "samples":
             with np.load(Path(a.encoder[0]).with_name("samples.npz")) as file:
-                data = list(zip(torch.from_numpy(file["images"]), file["labels"]))
+                data = list(zip(torch.from_numpy(file["images"]), file["labels"], strict=True))
         elif a.dataset == "folder":
             data = datasets.ImageFolder(a.data_dir, fit)
         else:
@@ -253,6 +254,7 @@ def run(a):
     batches = [b for b in torch.arange(len(images)).split(n) if a.exact or len(b) == n]
     for one, two in [encoders] if a.kind == "across" else zip(encoders, encoders):
         if a.kind == "augment":
+            torch.manual_seed(a.seed)
             sides = [one.on(one.views(images, which)) for which in (0, 1)]
         elif a.kind == "classes":
             sides = [one.on(images), lambda batch: [classes[batch]]]
@@ -260,21 +262,21 @@ def run(a):
             sides = [net.on(images) for net in dict.fromkeys((one, two))]  # within: only one
         M = exact_map(sides, batches) if a.exact else cka_map(
             ([side(b) for side in sides] * 2)[:2] for b in tqdm(batches, leave=False, disable=None))
-        same, best = M.diagonal().tolist(), M.argmax(1).tolist()
-        lines = {"within": {"next layer": M.diagonal(1).tolist()}, "augment": {"other view": same},
+        same = [dict(zip(two.names, row)).get(n) for n, row in zip(one.names, M.tolist())]
+        lines = {"within": {"next layer": [*M.diagonal(1).tolist(), None]},
                  "across": {"same layer": same, "best match": M.amax(1).tolist()},
-                 "classes": {"classes": M[:, 0].tolist()}}[a.kind]
+                 "augment": {"other view": same}, "classes": {"classes": M[:, 0].tolist()}}[a.kind]
         augmented = str(one.flags.get("layer", "")).split("+") if a.kind == "within" else []
         r = {"kind": a.kind, "run_a": one.run, "run_b": two.run, "map": M.tolist(), "lines": lines,
              "names_a": one.names, "names_b": ["all"] if a.kind == "classes" else two.names,
              "stretch": coadapted_stretch(M) if a.kind == "within" and len(M) > 1 else [],
-             "best": best if a.kind == "across" else [],
+             "best": M.argmax(1).tolist() if a.kind == "across" else [],
              "targets": [i for i, n in enumerate(one.names) if str(one.number.get(n)) in augmented]}
         results.append(r)
         print(f"{one.run:30}", *(f"{label:>10}" for label in lines))
         for i, name in enumerate(one.names):
             print(f"{one.number.get(name, ''):>2} {name:27}",
-                  *(f"{v[i]:10.3f}" if i < len(v) else " " * 10 for v in lines.values()),
+                  *(" " * 10 if v[i] is None else f"{v[i]:10.3f}" for v in lines.values()),
                   *(two.names[j] for j in r["best"][i:i + 1]))
         if r["stretch"]:
             print("co-adapted stretch:", " to ".join(one.names[i] for i in r["stretch"]))
@@ -283,14 +285,12 @@ def run(a):
 
 def main(argv=None):
     try:
-        result = run(a := settings(argv))
-        kind = result["run_b"] if a.kind == "across" else a.kind
-        out = a.out or Path(a.encoder[0]).with_name(f"cka-{a.only or 'all'}-{kind}.png")
-        out = Path(out).with_suffix(".png")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draw(out, [result, *result["second"]])
-        out.with_suffix(".json").write_text(json.dumps(result))
-        print(f"{result['images']} pictures, {result['seconds']} s; {out} and .json")
+        a = settings(argv)
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+        result = run(a)
+        draw(f"{a.out}.png", [result, *result["second"]])
+        Path(f"{a.out}.json").write_text(json.dumps(result))
+        print(f"{result['images']} pictures, {result['seconds']} s; {a.out}.png and .json")
         return result
     except (BadInput, OSError) as e:
         print(f"cka.py: error: {str(e).splitlines()[0]}", file=sys.stderr)
