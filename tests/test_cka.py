@@ -388,11 +388,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(runs, capsys, words, message):
         model = Tiny(0)
         if name == "nan":
             nn.init.constant_(model.head.weight, float("nan"))
+        if name not in words:
+            continue
         export(Path(name, "encoder.pt"), model=model, **config)
         if data:
             np.savez(Path(name, "samples.npz"), **data)
-    file = Path("damaged/samples.npz")
-    file.write_bytes(file.read_bytes()[:3000])
+        if name == "damaged":
+            file = Path("damaged/samples.npz")
+            file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(SystemExit) as end:
         call(words)
     said = capsys.readouterr().err

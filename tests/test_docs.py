@@ -108,11 +108,13 @@ def test_simclr_command(command, workplace, few, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cka, "draw", lambda *_: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_: None)  # it would stay on
     words = without(words, DROPPED) + TINY + ["--arch", "small", "--data-dir", str(few)]
-    words += ["--layer", *a.layer[:2], "--seed", *map(str, a.seed[:2])]
+    layers = a.layer[:2]
+    seeds = a.seed[:3 - len(layers)]
+    words += ["--layer", *layers, "--seed", *map(str, seeds)]
     words += ["--init", "runs/base"] * bool(a.init)
     if not a.resume:
         words += ["--out", str(tmp_path / "run")]  # the documented folder may be there
-    runs = len(a.layer[:2]) * len(a.seed[:2])
+    runs = len(layers) * len(seeds)
     found = S.main(words)
     assert found["steps"] if runs == 1 else len(found) > 1
     assert a.resume or capsys.readouterr().out.count("pictures of folder") == runs
