@@ -2062,8 +2062,8 @@ def draw_figures(a, step_of: Rescue, split: Split, out: Path, device, report: di
     try:
         from cka import coadapted_stretch, draw
         layers = layer_map(step_of.method.kept, split, a, device)
-        names = list(layer_names(a).items())[1:]
-        draw(out / "cka.png", [{"map": layers.tolist(), "names_a": [f"{i} {name}" for i, name in names], "run_a": out.name,
+        names = [f"{i} {name}" for i, name in list(layer_names(a).items())[1:]]
+        draw(out / "cka.png", [{"map": layers.tolist(), "names_a": names, "run_a": out.name,
                                 "stretch": coadapted_stretch(layers),
                                 "targets": [t for t in a.targets if t >= 0] if a.strong == "deepaug" else []}])
     except (ImportError, ValueError) as e:                           # no cka.py beside this script; too few pictures
