@@ -87,7 +87,7 @@ def grams(acts):
         with torch.autocast(X.device.type, enabled=False):
             K.append((X @ X.T).double())
     K, n = torch.stack(K), len(X)
-    noise = 16 * n * torch.finfo(torch.float32).eps ** 2 * K.square().sum((1, 2))
+    noise = n * 2 ** -42 * K.square().sum((1, 2))  # (4 eps)^2
     off = ~torch.eye(n, dtype=torch.bool, device=K.device)
     K = K * off
     rows = K.sum(2, keepdim=True) / (n - 2)
@@ -125,9 +125,8 @@ def cka_map(pairs):
 def exact_map(sides, batches):
     """The same of all N pictures at once (Grigg et al., Eq. 2; biased). sides: [f] or [f, g], from
     a batch to the outputs. A pass for each layer; memory: its outputs, twice, 4 N^2 bytes each."""
-    tables = []
-    for side in sides:
-        tables.append([])
+    tables = [[] for _ in sides]
+    for table, side in zip(tables, sides):
         for l in tqdm(range(len(side(batches[0]))), leave=False, disable=None):
             X = torch.cat([side(batch)[l].flatten(1).float() for batch in batches])
             X -= X[0].clone()  # constant features are then exactly 0
@@ -135,7 +134,7 @@ def exact_map(sides, batches):
             K, X = X @ X.T, None  # HKH
             size = torch.linalg.vector_norm(K, dtype=torch.float64)
             check(size.isfinite(), f"not finite: layer {l}")
-            tables[-1].append(K / size.clamp(min=1e-30))
+            table.append(K / size.clamp(min=1e-30))
     return torch.tensor([[torch.linalg.vecdot(K, L).double().sum() for L in tables[-1]]
                          for K in tables[0]])
 
@@ -143,8 +142,7 @@ def coadapted_stretch(M):
     """First and last layer of the co-adapted stretch in a map [L, L] of consecutive layers, L > 1.
     Deep Augmentation marks by eye "the later co-adaptation region" (Appendix C). Our rule: from the
     middle on, the stretch with the largest sum, over its pairs of layers, of CKA less the mean CKA
-    of neighbours: a bright square on the diagonal. Ties: the longer, then the later. Some stretch
-    always wins: look."""
+    of neighbours: a bright square on the diagonal. Some stretch always wins: look."""
     M = torch.as_tensor(M, dtype=torch.float64)
     check(M.ndim == 2 and len(M) == M.shape[1] > 1 and torch.allclose(M, M.T, atol=1e-6),
           f"a stretch needs a symmetric map [L, L], L > 1, without NaN; got {list(M.shape)}")
@@ -260,8 +258,11 @@ def run(a):
             sides = [one.on(images), lambda batch: [classes[batch]]]
         else:
             sides = [net.on(images) for net in dict.fromkeys((one, two))]  # within: only one
+        def pair(batch, sides=sides):
+            acts = [side(batch) for side in sides]
+            return acts[0], acts[-1]  # within: one list twice
         M = exact_map(sides, batches) if a.exact else cka_map(
-            ([side(b) for side in sides] * 2)[:2] for b in tqdm(batches, leave=False, disable=None))
+            map(pair, tqdm(batches, leave=False, disable=None)))
         same = [dict(zip(two.names, row)).get(n) for n, row in zip(one.names, M.tolist())]
         lines = {"within": {"next layer": [*M.diagonal(1).tolist(), None]},
                  "across": {"same layer": same, "best match": M.amax(1).tolist()},
@@ -286,7 +287,6 @@ def run(a):
 def main(argv=None):
     try:
         a = settings(argv)
-        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         result = run(a)
         draw(f"{a.out}.png", [result, *result["second"]])
         Path(f"{a.out}.json").write_text(json.dumps(result))

@@ -41,7 +41,7 @@ from contextlib import redirect_stdout, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median, median_low, stdev
 
 import numpy as np
 import torch
@@ -106,17 +106,17 @@ def settings(argv=None):
     add("--layer", nargs="+", default=["none", "0"], metavar="L",
         help="-1 input to 6 head; 3+4; all; none; auto: by the CKA map of --init; several: runs")
     add("--rate", type=within(0, 0.999), default=0.5, help="dropout rate")
-    add("--stop-grad", action=yes_no, default=True, help="none from augmented rows to layers below")
+    add("--stop-grad", action=yes_no, default=True, help="no gradient from augmented rows to below")
     add("--sample", type=within(1e-9, 1), default=0.5, help="share of the rows to augment")
     add("--transform", choices=["dropout", "channel", "pca"], default="dropout")
     add("--pairs", choices=["any", "cross"], default="any", help="cross: one of each pair")
-    add("--freeze", choices=["none", "before", "after"], default="none", help="<= L, > L")
+    add("--freeze", choices=["none", "before", "after"], default="none", help="weights <= L, > L")
     add = p.add_argument_group("data and views").add_argument
     add("--dataset", choices=["shapes", "cifar10", "cifar100", "folder"], help="shapes: drawn")
     add("--data-dir", help="your pictures; or where CIFAR lies or goes (data)")
     add("--pictures", type=count, default=0, help="to train on; 0: all")
     add("--views", choices=["simclr", "crop", "none"], default="none", help="none: the picture")
-    add("--crop-min", type=within(0.01, 1), default=0.2, help="smallest, of the area")
+    add("--crop-min", type=within(0.01, 1), default=0.2, help="smallest crop")
     add("--image-size", type=count, default=0, help="of a view; 0: as they are")
     add = p.add_argument_group("network and training").add_argument
     add("--arch", choices=["small", "resnet18", "resnet34", "resnet50"], default="small")
@@ -141,7 +141,7 @@ def settings(argv=None):
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     add("--compile", action=yes_no, help="default: on CUDA, where Triton is installed")
     add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="to read pictures")
-    add("--compare", nargs="+", metavar="RUN", help="only compare runs")
+    add("--compare", nargs="+", metavar="RUN", help="only compare")
 
     a = p.parse_args(argv)
     if a.preset == "paper":
@@ -492,7 +492,7 @@ def load_folder(a):
         with suppress(Exception), Image.open(file) as picture:
             sizes.append(min(picture.size))
     check(sizes and splits[1], f"--data-dir {root}: too few pictures that can be read")
-    usual = int(median(sizes))
+    usual = median_low(sizes)
     size = a.image_size or min(224, usual)
     side = max(size, min(round(size * 8 / 7), usual))  # a margin for crops
     fit = 3 * side ** 2 * sum(map(len, splits)) < 4 << 30
@@ -900,8 +900,10 @@ def run(a, out, data):
     train_split, test_split, classes = data[a.dataset]
     if a.layer == "auto":  # Section 6.1: where the co-adapted stretch starts, or ends
         import cka
-        check(Path(a.init, "encoder.pt").exists(), f"--layer auto: no encoder.pt in {a.init}")
-        stretch = cka.run(cka.settings([f"{a.init}/encoder.pt", "--numbered"]))["stretch"]
+        try:
+            stretch = cka.run(cka.settings([f"{a.init}/encoder.pt", "--numbered"]))["stretch"]
+        except ValueError as e:
+            raise BadInput(e) from None
         a.layer = str(stretch[not a.stop_grad])
     net = build(a, train_split, classes)
     if a.init:

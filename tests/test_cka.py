@@ -297,6 +297,7 @@ def test_across_names_the_best_match(runs, capsys):
     close(result["lines"]["best match"], M.amax(1), 1e-5)
     assert result["best"] == M.argmax(1).tolist() and Path("a/cka-all-across.png").exists()
     assert NAMES[result["best"][3]] in capsys.readouterr().out.splitlines()[4]
+    Path("new").mkdir()
     call("a/encoder.pt --even b/encoder.pt --out new/v.1")  # flags may stand between
     call("a/encoder.pt --even b/encoder.pt --out new/v.2.png")
     assert sorted(f.name for f in Path("new").iterdir()) == [
@@ -369,6 +370,7 @@ def test_a_folder_of_pictures(runs):
     ("few/encoder.pt", "4 or more"), ("nan/encoder.pt", "not finite: layers [6] of a"),
     ("nan/encoder.pt a/encoder.pt --exact", "not finite: layer 6"),
     ("still/encoder.pt --augment", "still was trained without views"),
+    ("a/encoder.pt --out nowhere/x", "nowhere/x.png"),
     ("a/encoder.pt --images 3", "4 at least"), ("a/encoder.pt --batch-size 2", "4 at least"),
     ("a/encoder.pt --dataset cifar10 --data-dir a", "cifar10"),
     ("a/encoder.pt --dataset folder --data-dir zz", "zz"), ("a/encoder.pt --dataset mnist", "choice"),

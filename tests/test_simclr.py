@@ -990,6 +990,7 @@ def test_every_experiment_runs_and_changes_the_result(few, short, tmp_path, text
     ("--dataset cifar100 --data-dir half", "cifar100 half cannot be downloaded"),
     ("--transfer cifar10", "cifar10 cannot be downloaded"),
     ("--init nowhere", "nowhere"), ("--init run --arch resnet18", "--init run --arch"),
+    ("--layer auto --init empty", "empty/encoder.pt is missing"),
     ("--init run --head-layers 3", "--init run flags"), ("--resume", "--resume --out"),
     ("--compare nowhere", "no finished run"), ("--out text", "text --resume"),
     ("--out text --resume", "text"), ("--out .", "--out ."), ("--out text/a.txt", "a.txt")])
