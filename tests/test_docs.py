@@ -82,7 +82,7 @@ def workplace(tmp_path_factory, few):
         for name, views in (("base", "none"), ("a", "simclr")):
             S.main([*TINY, "--data-dir", str(few), "--layer", "none", "--views", views, "--out",
                     f"runs/{name}"])
-    for name in ("b", "OTHER", "dropout20", *GRIGG):
+    for name in ("b", "OTHER", "untrained", "dropout20", *GRIGG):
         shutil.copytree(here / "runs" / ("base" if name == "dropout20" else "a"),
                         here / "runs" / name)
     return here
