@@ -65,7 +65,7 @@ LAYERS = range(-1, 7)  # Figure 2: input, stem, the stages, average pool, head
 # Appendix A.1 and SupContrast's README
 PAPER = dict(dataset="cifar100", views="simclr", arch="resnet18", layer=["4"], batch_size=1024,
              epochs=1500, warmup_epochs=10)
-# Grigg et al. (arXiv 2110.00528), Appendix A, and SimCLR, which it follows
+# Grigg et al. (arXiv 2110.00528), Appendix A; else SimCLR's
 GRIGG = dict(dataset="cifar10", views="simclr", crop_min=0.08, arch="resnet50", head_layers=3,
              layer=["none"], optimizer="lars", weight_decay=1e-6, batch_size=4096, epochs=1300,
              warmup_epochs=10)
@@ -464,13 +464,13 @@ def load_folder(a):
     root = Path(a.data_dir)
     check(root.is_dir(), f"--data-dir {root}: no such folder")
     train, test = list_pictures(root), []
-    tops = {name.lower(): name for _, name in train}  # folders that hold pictures
+    tops = {name.lower(): name for _, name in train}  # folders of pictures
     tests = [list_pictures(root / tops[name]) for name in ("test", "val", "valid", "validation")
              if name in tops]
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
         train = list_pictures(root / tops["train"])
         known = {name for _, name in train} - {""} or {""}
-        # the first with these classes: some sets have an unlabelled test folder, too
+        # the first with these classes: some test folders have no labels
         test = next((t for t in tests if known & {name for _, name in t}), [])
     classes = sorted({name for _, name in train} - {""})
     classes = classes if len(classes) > 1 else []  # one class is none
@@ -806,8 +806,9 @@ def probe(net, data, a):
                 result[f"uniformity_{part}"] = uniformity(z1).item()
     return result
 
+# --- the same in simclr, simcse ---
 def draw(path, panels):
-    """PNG with a panel for each {title: {label of a line: [(x, y, std of y)]}}."""
+    """PNG of panels {title: {label of a line: [(x, y, std of y)]}}."""
     columns, rows = min(3, len(panels) or 1), math.ceil(len(panels) / 3) or 1
     figure = Figure((4.5 * columns, 3.5 * rows), layout="constrained")
     for i, (title, lines) in enumerate(panels.items()):
@@ -817,6 +818,7 @@ def draw(path, panels):
         if len(lines) > 1:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
+# --- end ---
 
 # ==== 8 Export ====
 
@@ -845,7 +847,7 @@ def export(a, net, split, classes, out, report):
     save_file({re.sub("layers.(stem.)?", "", k): v.contiguous() for k, v in
                live.state_dict().items() if not re.match("layers.(head|input)", k)},
               out / "weights.safetensors")
-    limit = min(2048, (64 << 20) // (3 * size ** 2))  # at most 64 MiB
+    limit = min(2048, (64 << 20) // (3 * size ** 2))  # 64 MiB
     images, labels = outputs(lambda x: (to_unit(x, size) * 255).round().byte(), split, limit)
     np.savez(out / "samples.npz", images=images.cpu().numpy(), labels=labels.cpu().numpy())
     return worst

@@ -166,16 +166,19 @@ def test_topk(pretend, flags, tmp_path):
     three_steps(pretend, lambda: R.train(a, step_of, split, tmp_path, CUDA, 2, None, None), step_of, [])
 
 
-@pytest.mark.parametrize("flags", ["", "--no-mlm --layer all --transform channel"])
+@pytest.mark.parametrize("flags", ["--mlm --layer 0", "--layer all --transform channel",
+                                   "--objective supervised --layer 3+13"])
 def test_simcse(pretend, flags, tmp_path):
-    a = T.settings([*flags.split(), "--batch-size", "8", "--log-every", "1000", "--epochs", "9", "--eval-every", "0"])
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(T.Grammar(0).sentences(100)) + "\n")
-    a.train_file = str(text)
-    tokenizer = T.load_tokenizer(a, tmp_path, tmp_path)
-    data = T.token_file(text, tokenizer, 32, tmp_path)
-    net = T.build(a, T.load_config(a), tokenizer, CUDA)
-    three_steps(pretend, lambda: T.train(a, net, data, 0, None, tokenizer, None, tmp_path, CUDA, 12, None), net, [])
+    a = T.settings([*flags.split(), "--batch-size", "8", "--epochs", "2500", "--eval-every", "0"])
+    a.layer, a.seed, a.device, a.compile = a.layer[0], a.seed[0], "cuda", False
+    tokenizer = T.learn_tokenizer(T.Grammar().sentences(100), 300)
+    pairs = a.objective == "supervised"
+    data = T.SimpleNamespace(tokens=torch.zeros(200 if pairs else 100, 32, dtype=torch.int32, device=CUDA),
+                             scores=torch.zeros(100, device=CUDA) if pairs else None,
+                             lengths=T.np.arange(100) % 9 + 4, tokenizer=tokenizer)
+    net = T.build(a, tokenizer)
+    with mock.patch.object(T, "save_checkpoint"):
+        three_steps(pretend, lambda: T.train(a, net, data, tmp_path, {}, lambda tests: {}, None), net, [])
 
 
 @pytest.mark.parametrize("name", R.OPERATIONS)

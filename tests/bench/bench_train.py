@@ -56,8 +56,10 @@ TEXT = next((["--train-file", str(f)] for f in [ROOT / "data/text/wiki1m_first11
 ROWS = {
     "simclr": ("simclr_deepaug", "--views simclr --layer 4 --arch resnet18 --batch-size 1024",
                "--views simclr --layer 4 --batch-size 64"),
-    "simcse": ("simcse_deepaug", "--width 768 --vocab-size 30522 --no-mlm --eval-every 0", "--no-mlm --eval-every 0"),
-    "simcse+mlm": ("simcse_deepaug", "--width 768 --vocab-size 30522 --eval-every 0", "--eval-every 0"),
+    "simcse": ("simcse_deepaug", "--width 768 --vocab-size 30522 --layer 8 --stop-grad --eval-every 0",
+               "--layer 8 --eval-every 0"),
+    "simcse+mlm": ("simcse_deepaug", "--width 768 --vocab-size 30522 --layer 8 --stop-grad --mlm --eval-every 0",
+                   "--layer 8 --mlm --eval-every 0"),
     "vicreg": ("vicreg_probe", "--arch RES-5-250 --projector 2048 2048 --batch-size 256 --target-net none",
                "--batch-size 64 --target-net none"),
     "rescue": ("topk_rescue", "--preset cifar --dataset shapes --method simclr --no-baseline", "--no-baseline"),
@@ -215,8 +217,8 @@ class Training:
         mode = {"mode": "reduce-overhead"} if compiled == "graphs" else {}
         try:
             with progress_hidden(), contextlib.suppress(Enough), \
-                    mock.patch.object(torch, "compile", lambda *a, **k: compile_(*a, **k, **mode)), \
-                    mock.patch.object(nn.Module, "compile", lambda *a, **k: module_compile(*a, **k, **mode)):
+                    mock.patch.object(torch, "compile", lambda *a, **k: compile_(*a, **{**k, **mode})), \
+                    mock.patch.object(nn.Module, "compile", lambda *a, **k: module_compile(*a, **{**k, **mode})):
                 self.train(*self.bound.args, **self.bound.kwargs)
         finally:
             hook.remove()
