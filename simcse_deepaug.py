@@ -59,7 +59,6 @@ from tokenizers import BertWordPieceTokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
-from transformers.utils import cached_file
 
 NAME = "simcse_deepaug"
 FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"]
@@ -171,7 +170,8 @@ def settings(argv=None):
     check(a.width % 32 == 0, "--width: a multiple of 32, the size of a head")
     check(a.batch_size % world == 0, f"--batch-size: a multiple of {world} processes")
     check(a.out or not a.resume, "--resume needs --out")
-    check(trained or not a.eval_only, "--eval-only needs a trained network: --model or --init")
+    check(a.init or trained and a.objective == "simcse" or not a.eval_only,
+          "--eval-only needs a trained network: --init, or but for supervised --model")
     check(trained or "auto" not in a.layer, "--layer auto needs a trained --model or --init")
     for layer in set(a.layer) - {"auto"}:
         targets_of(layer, a.depth + 1 if a.model == "small" else 10 ** 3)
@@ -255,7 +255,7 @@ class Net(nn.Module):
         # the RoBERTas' positions start behind the padding's
         self.first = 0 if c.model_type in ("bert", "distilbert") else c.pad_token_id + 1
         self.dim, self.longest = c.hidden_size, c.max_position_embeddings - self.first
-        self.projector = None  # SimCSE's MLP; --model's is not taken
+        self.projector = None  # SimCSE's MLP, not --model's
         if a.pooler == "cls-mlp" or a.pooler == "cls" and a.objective == "simcse":
             self.projector = nn.Sequential(nn.Linear(self.dim, self.dim), nn.Tanh())
             nn.init.normal_(self.projector[0].weight, std=c.initializer_range)
@@ -314,7 +314,7 @@ class Net(nn.Module):
         return (lm.cls if hasattr(lm, "cls") else lm.lm_head)(h)
 
     def relatedness(self, u, v):
-        """Predicted scores [B] of pairs of vectors [B, dim] (Tai et al. 2015's features)."""
+        """Predicted scores [B] of pairs [B, dim], from what Tai et al. (2015) took."""
         return self.scorer(torch.cat([(u - v).abs(), u * v], dim=1).float()).squeeze(1)
 
     def activations(self, ids, mask):
@@ -324,31 +324,26 @@ class Net(nn.Module):
         z = self.projector(z) if self.projector else z
         return [h * mask.unsqueeze(2) for h in states] + [z]
 
-def file_of(model, name):
-    """The path of a model's file; None: it has none."""
-    return cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
+def st_file(model, name):
+    file = Path(model, name)  # of a folder as sentence-transformers writes it
+    return file.read_text() if file.exists() else ""
 
-def pooler_of(a):
-    """--pooler; else what --model's sentence-transformers files say; else the usual."""
-    file = None if a.pooler or a.model == "small" else file_of(a.model, "1_Pooling/config.json")
-    if not file:
-        return a.pooler or ("mean" if a.model == "small" else "cls")
-    modes = [k for k, v in json.loads(Path(file).read_text()).items()
-             if k.startswith("pooling_m") and v]
-    dense = bool(file_of(a.model, "2_Dense/config.json"))
-    pooler = {("pooling_mode_mean_tokens", False): "mean", ("pooling_mode_cls_token", False): "cls",
-              ("pooling_mode_cls_token", True): "cls-mlp"}.get((*modes, dense))
-    check(pooler, f"pools by {', '.join(modes)}{' and 2_Dense' * dense}: give --pooler")
-    print(f"--pooler {pooler}, as {file} says")
-    return pooler
+def pooler_of(model):  # what its folder says, else cls
+    how = json.loads(st_file(model, "1_Pooling/config.json") or '{"pooling_mode": "cls"}')
+    how = how.get("pooling_mode") or [k for k, v in how.items() if k.startswith("pooling_m") and v]
+    dense = "Dense" in st_file(model, "modules.json")
+    kind = re.sub(r"\W|pooling_mode_|_tokens?", "", str(how))  # cls, mean, or something else
+    check(kind == "cls" or kind == "mean" and not dense,
+          f"pools by {kind}{' and a Dense layer' * dense}: give --pooler")
+    return kind + "-mlp" * dense
 
-def trained_mlp(a):
-    """Weight and bias of the MLP that --model carries: 2_Dense, or BERT's own pooler."""
-    file = file_of(a.model, "2_Dense/model.safetensors")
-    if file:
-        return {k.removeprefix("linear."): v for k, v in load_file(file).items()}
-    base, info = AutoModel.from_pretrained(a.model, output_loading_info=True)
+def trained_mlp(model):
+    """Weight and bias of the MLP that it carries: sentence-transformers' or BERT's own pooler."""
+    if "Dense" in st_file(model, "modules.json"):
+        check("Tanh" in st_file(model, "2_Dense/config.json"), "its Dense is no 2_Dense, tanh")
+        weights = load_file(Path(model, "2_Dense", "model.safetensors"))
+        return {k.removeprefix("linear."): v for k, v in weights.items()}
+    base, info = AutoModel.from_pretrained(model, output_loading_info=True)
     check(hasattr(base, "pooler") and not any("pooler" in k for k in info["missing_keys"]),
           "--pooler cls-mlp: it carries no MLP (2_Dense, pooler.dense)")
     return base.pooler.dense.state_dict()
@@ -356,6 +351,7 @@ def trained_mlp(a):
 def build(a, tokenizer):
     """The network of these flags and this seed."""
     torch.manual_seed(a.seed)
+    state = load_checkpoint(Path(a.init) / "checkpoint.pt", {}) if a.init else None
     try:
         if a.model == "small":
             config = transformers.BertConfig(
@@ -375,19 +371,19 @@ def build(a, tokenizer):
                 a.model, config=config, dtype=torch.float32, output_loading_info=True)
             lacks = [k for k in info["missing_keys"] if k.startswith(lm.base_model_prefix)]
             check(not lacks, f"its weights lack {lacks[:1]}")
-            if a.mlm and info["missing_keys"]:
-                print(f"{a.model} has no masked-language head: it starts untrained")
         check(len(tokenizer) <= config.vocab_size,
               f"its tokenizer has {len(tokenizer)} pieces, its network {config.vocab_size}")
-        a.pooler = pooler_of(a)
+        if not a.pooler:
+            a.pooler = state["flags"]["pooler"] if state else "mean" if a.model == "small" else \
+                pooler_of(a.model)
+            print(f"--pooler {a.pooler}")
         net = Net(a, lm)
         check(a.max_length <= net.longest, f"--max-length: at most {net.longest} tokens")
         if a.eval_only and a.pooler == "cls-mlp" and not a.init:
-            net.projector[0].load_state_dict(trained_mlp(a))
+            net.projector[0].load_state_dict(trained_mlp(a.model))
     except Exception as e:  # transformers raises many kinds for what is missing or damaged
         raise BadInput(f"--model {a.model}: {first_line(e)}") from None
-    if a.init:
-        state = load_checkpoint(Path(a.init) / "checkpoint.pt", {})
+    if state:
         try:
             net.load_state_dict(kept(state))
         except RuntimeError:
@@ -479,6 +475,7 @@ def read_sentences(a):
         return Grammar().sentences(20_000)
     lines, kind = read_text(a.train_file).split("\n"), Path(a.train_file).suffix
     if kind in (".csv", ".tsv"):
+        csv.field_size_limit(10 ** 9)
         how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
         table = csv.DictReader([line + "\n" for line in lines], **how)
         names = table.fieldnames or [""]
@@ -594,7 +591,7 @@ def load_data(a):
             max_length=a.max_length)["input_ids"].astype(np.int32))
     tokens = np.concatenate(tokens)
     real = tokens != tokenizer.pad_token_id
-    unknown = (tokens == tokenizer.unk_token_id).sum() / max(1, real.sum())
+    unknown = (tokens == tokenizer.unk_token_id).sum() / max(1, real.sum() - 2 * len(tokens))
     check(unknown < 0.5, f"{unknown:.0%} of the tokens are unknown to the tokenizer ([UNK])")
     return SimpleNamespace(
         tokenizer=tokenizer, tokens=torch.from_numpy(tokens).to(a.device), scores=scores,
@@ -628,7 +625,7 @@ def train_batches(data, a, step, steps, rank, world):
         step += len(order)
 
 def learning_rate(step, a, total):
-    """Linear warm-up, then linearly towards 0 (supervised: constant, the end is not known)."""
+    """Linear warm-up, then linearly towards 0 (supervised: constant)."""
     warm = int(a.warmup * total)
     if step < warm:
         return a.lr * (step + 1) / warm
@@ -810,13 +807,12 @@ def encode(net, tokenizer, sentences, tokens_a_batch=None):
 
 def spearman(x, y):
     """Spearman's rank correlation, -1..1: Pearson's of the ranks, in which equal values share
-    their mean. 0 where it is undefined (a constant list). ValueError: NaN."""
+    their mean. 0 where it is undefined (a constant list). BadInput: NaN."""
     def ranks(values):
         _, which, count = np.unique(values, return_inverse=True, return_counts=True)
         return (count.cumsum() - (count - 1) / 2)[which] - (len(values) + 1) / 2
 
-    if np.isnan([x, y]).any():
-        raise ValueError("spearman: NaN among the scores")
+    check(not np.isnan([x, y]).any(), "NaN among the scores")
     x, y = ranks(x), ranks(y)
     scale = math.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale else 0.0
@@ -998,7 +994,8 @@ def run(a, out, data):
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
         out.mkdir(parents=True, exist_ok=True)
-        config = {**vars(a), **{m.__name__: m.__version__ for m in (torch, transformers, np)}}
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+        config = {"script": NAME, **vars(a), **versions}
         (out / "config.json").write_text(json.dumps(config))
         print(f"{out}: {len(data.lengths)} sentences of {data.lengths.mean():.1f} tokens, "
               f"{data.unknown:.1%} of them [UNK], layer {a.layer}")
@@ -1020,7 +1017,7 @@ def run(a, out, data):
     draw(out / "curves.png", {  # of the second rows: the first probe has more keys
         f"{k} by step": {"": [(row["step"], row[k], 0) for row in rows if k in row]}
         for rows in (probes, log) for k in (rows[1:] or [{}])[0] if k not in ("step", "epoch")})
-    with suppress(ImportError, KeyError, ValueError):  # no cka.py, no dev sentences, too few
+    with suppress(Exception):  # no cka.py that works, no dev sentences, too few
         import cka
         M, stretch = layer_map(net, data)
         cka.draw(out / "cka.png", [{"map": M.tolist(), "names_a": [*map(str, range(len(M)))],
@@ -1054,7 +1051,8 @@ def main(argv=None):
             return result
         out = Path(a.out or f"runs/{NAME}-{time.strftime('%Y%m%d-%H%M%S')}")
         places = [out / f"layer-{r.layer}-seed-{r.seed}" if runs[1:] else out for r in runs]
-        own = a.resume and any((place / "config.json").exists() for place in places)
+        configs = [f for place in places if (f := place / "config.json").exists()]
+        own = a.resume and any(NAME in f.read_text() for f in configs)
         check(own or not (chief and out.exists() and any(out.iterdir())),
               f"--out {out} is not empty; --resume goes on with a run")
         data = load_data(a)
