@@ -314,7 +314,7 @@ class Net(nn.Module):
         return (lm.cls if hasattr(lm, "cls") else lm.lm_head)(h)
 
     def relatedness(self, u, v):
-        """Predicted scores [B] of pairs [B, dim], from what Tai et al. (2015) took."""
+        """Predicted scores [B] of pairs [B, dim], from Tai et al.'s (2015) two."""
         return self.scorer(torch.cat([(u - v).abs(), u * v], dim=1).float()).squeeze(1)
 
     def activations(self, ids, mask):

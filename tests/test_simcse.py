@@ -986,7 +986,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(processes, tmp_path, m
 
 def test_torchrun_trains_end_to_end_and_one_process_writes(data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node=2", S.__file__, *flags(data, "--select dev --out run")]
+               "--nproc_per_node=2", S.__file__, *flags(data, "--out run")]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
