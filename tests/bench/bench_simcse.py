@@ -156,7 +156,7 @@ def shapes_table(args, device):
     metrics.reset()
     with contextlib.redirect_stderr(io.StringIO()):
         S.save_checkpoint = lambda *_: None
-        S.train(a, S.build(a, tokenizer), data, None, {}, lambda tests: {}, None)
+        S.train(a, S.build(a, tokenizer), data, Path(), {}, lambda tests: {}, None)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     kernels = metrics.generated_kernel_count / max(1, graphs)
     longest = {int(n) for n in data.lengths}
