@@ -815,7 +815,7 @@ def draw(path, panels):
         axis = figure.add_subplot(rows, columns, i + 1, title=title)
         for label, points in lines.items():
             axis.errorbar(*zip(*points), fmt=".-", capsize=3, label=label)
-        if len(lines) > 1:
+        if 1 < len(lines) < 9:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 # --- end ---

@@ -122,11 +122,11 @@ def test_simclr_command(command, workplace, few, monkeypatch, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    """Where the documented commands find all that they name: a text, STS-B, FOLDER and bert-base-uncased (tiny), runs/base."""
+    """What the documented commands name: texts, STS-B, FOLDER and bert-base-uncased (tiny), runs/base."""
     here = tmp_path_factory.mktemp("sentences")
     grammar, sts = T.Grammar(), "data/SentEval/data/downstream/"
     (here / sts / "STS/STSBenchmark").mkdir(parents=True)
-    for name in ("lines.txt", "MY_LINES.txt", "text60k.txt", "data/wiki1m_for_simcse.txt"):
+    for name in ("lines.txt", "MY_LINES.txt", "text20k.txt", "text60k.txt", "data/wiki1m_for_simcse.txt"):
         (here / name).write_text("\n".join(grammar.sentences(128)))
     for name in ("test", "dev", "train"):
         rows = enumerate(zip(*grammar.pairs(128 if name == "train" else 40, grammar.unseen, 9)))

@@ -43,10 +43,15 @@ def minilm():
 
 class Usual:
     """SimCSE's loop on the network and the sentences that main() gave to train()."""
-    def __init__(self, training, mlm):
-        self.net, self.data, self.mlm = training.bound.arguments["net"], training.bound.arguments["data"], mlm
+    def __init__(self, training, mlm, many):
+        given, self.mlm, self.many = training.bound.arguments, mlm, many
+        self.net, self.data = given["net"], given["data"]
         self.a, self.weights = training.a, [w for w in self.net.parameters() if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, 3e-5, weight_decay=0.0)
+
+    def steps(self):
+        for _ in range(self.many):
+            self.step()
 
     def step(self):
         a, lm, tokenizer = self.a, self.net.lm.train(), self.data.tokenizer
@@ -84,13 +89,13 @@ def steps_table(args, device):
     for mlm in ("--no-mlm", "--mlm"):
         flags = [*minilm(), "--pooler", "mean", "--layer", "4", mlm, "--batch-size", str(args.batch_size)]
         ours = {b: Training("simcse", device, [*flags, "--bucket", b]) for b in ("10", "1")}
-        usual = Usual(ours["1"], mlm == "--mlm")
+        usual = Usual(ours["1"], mlm == "--mlm", args.steps)
         rates = {name: [] for name in ("10", "1", "usual")}
         usual.step()
         for _ in range(args.repeats):
             for b, training in ours.items():
                 rates[b] += training.speed(args.steps, 1)
-            taken = seconds(device, lambda: [usual.step() for _ in range(args.steps)])
+            taken = seconds(device, usual.steps)
             rates["usual"].append(args.batch_size * args.steps / taken)
         a, b, c = (statistics.median(rates[name]) for name in ("10", "1", "usual"))
         name = "with MLM" if mlm == "--mlm" else "without MLM"

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import re
-import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -30,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import simcse_deepaug as S  # noqa: E402
+
 
 def changed(how):
     class Grammar(S.Grammar):
