@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import SHARED, Trap, same_bits
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import cka
 import simcse_deepaug as S
@@ -930,6 +931,8 @@ def test_without_scored_pairs_it_trains_and_exports(data, tmp_path):
     report = S.main(["--train-file", str(data / "text.txt"), "--depth", "1", "--layer", "1",
                      "--batch-size", "60", "--device", "cpu", "--out", str(tmp_path / "run")])
     assert report["steps"] == 5 and "sts" not in report and (tmp_path / "run/encoder.pt").exists()
+    raw = Tokenizer.from_file(str(tmp_path / "run/tokenizer/tokenizer.json"))  # training cut at 32
+    assert len(raw.encode(" ".join(["the doctor"] * 100)).ids) == 202
 
 # ==== two processes ====
 
