@@ -173,9 +173,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--batch-size", type=int, default=64)
-    p.add_argument("--steps", type=int, default=6, help="of one timed stretch")
+    p.add_argument("--steps", type=int, default=4, help="of one timed stretch")
     p.add_argument("--sentences", type=int, default=1500, help="distinct ones to encode")
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--quick", action="store_true", help="seconds: does it run?")
     args = p.parse_args(argv)
     if args.quick:
