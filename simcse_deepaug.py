@@ -242,13 +242,13 @@ def mlm_loss(logits, targets):
 #   --layer             0              1              2               12              13
 
 def mean_of_tokens(h, mask):
-    """[B, L, dim], [B, L] -> [B, dim]: over the tokens that are not padding."""
+    """[B, L, dim], [B, L] -> [B, dim], without padding."""
     return (h * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 class Net(nn.Module):
     """Encoder, projector and masked-language head, with Deep Augmentation between the layers.
-    forward(ids int64 [B, L], mask [B, L], rows bool [B]) -> z [B, dim]; with `places`, of which
-    to predict the tokens in a second half of masked copies: (z [B/2, dim], logits [M, vocab])."""
+    forward(ids int64 [B, L], mask [B, L], rows bool [B]) -> z [B, dim]. With `places` the second
+    half are masked copies, to predict there: (z [B/2, dim], logits [M, vocabulary])."""
     def __init__(self, a, lm):
         super().__init__()
         c, self.lm, self.pooler = lm.config, lm, a.pooler
@@ -325,7 +325,7 @@ class Net(nn.Module):
         return [h * mask.unsqueeze(2) for h in states] + [z]
 
 def st_file(model, name):
-    file = Path(model, name)  # of a folder as sentence-transformers writes it
+    file = Path(model, name)  # a file of sentence-transformers, "" without
     return file.read_text() if file.exists() else ""
 
 def pooler_of(model):  # what its folder says, else cls
@@ -508,7 +508,7 @@ def read_pairs(file, columns, skip=0):
             gold = cells[columns[2]] if gold is None else gold
             if gold.strip():
                 found.append((cells[columns[0]], cells[columns[1]], float(gold)))
-                check(math.isfinite(found[-1][2]), "")
+                check(math.isfinite(found[-1][2]), "caught below")
         except (IndexError, ValueError):
             raise BadInput(f"{file}, line {number}: no pair of sentences with a score") from None
     check(found, f"{file} holds no scored pair")
