@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 NAME = "simclr_deepaug"
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
-LAYERS = range(-1, 7)  # Figure 2: input, stem, the stages, average pool, head
+LAYERS = range(-1, 7)  # Figure 2
 
 # ==== 1 Settings ====
 
@@ -69,7 +69,7 @@ PAPER = dict(dataset="cifar100", views="simclr", arch="resnet18", layer=["4"], b
 GRIGG = dict(dataset="cifar10", views="simclr", crop_min=0.08, arch="resnet50", head_layers=3,
              layer=["none"], optimizer="lars", weight_decay=1e-6, batch_size=4096, epochs=1300,
              warmup_epochs=10)
-# flags that say where and how a run computes, not what: --resume may change them
+# where and how a run computes, not what: --resume may change them
 HOW = set("out resume device data_dir workers compile probe_every transfer compare preset".split())
 
 # --- the same in simclr, simcse, vicreg, topk, cka ---
@@ -235,7 +235,8 @@ class Normalize(nn.Module):
 
     def forward(self, x):
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
+# --- end ---
+# --- the same in simclr, topk ---
 def block_outputs(block, x):
     """(residual, output) of a torchvision block, Grigg et al.'s odd and even layers; its own
     forward adds in place and loses the first."""
@@ -584,7 +585,8 @@ def learning_rate(step, a, steps):
     warm = min(a.warmup_epochs * steps, total // 10)
     cosine = end + (a.lr - end) * (1 + math.cos(math.pi * max(step, warm) / total)) / 2
     return cosine if step >= warm else a.lr / 50 + (cosine - a.lr / 50) * step / warm
-
+# --- end ---
+# --- the same in simclr, topk ---
 @torch.no_grad()
 def lars(weights, decay, eta=0.001):
     """Makes SGD's step that of LARS (vicreg's main_vicreg.py): scales a matrix's g + decay * w by
@@ -606,22 +608,6 @@ def gather(z):
     dist.all_gather(parts, z.detach().contiguous())
     parts[dist.get_rank()] = z
     return torch.cat(parts)
-
-def alignment(z1, z2):
-    """Mean squared distance of pairs, 0..4; z1, z2 normalised [n, d] (Wang & Isola 2020)."""
-    return (z1 - z2).square().sum(1).mean()
-
-def uniformity(z):
-    """log mean exp(-2 |zi - zj|^2), i < j, z normalised [n, d]: 0 one point, -4 well spread."""
-    return torch.pdist(z).square().mul(-2).exp().mean().log()
-
-@torch.no_grad()
-def meters(z1, z2):
-    """Of embeddings [B, d]: alignment, uniformity, and embedding_std, of the normalised ones times
-    sqrt(d): 1 spread evenly, 0 collapsed."""
-    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
-    return {"alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item(),
-            "embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5}
 
 def save_checkpoint(path, state):
     """Written beside, then renamed: a kill leaves the old file or the new one, whole."""
@@ -645,6 +631,23 @@ def load_checkpoint(path, flags):
     check(script == NAME, f"{path} was written by {script}.py")
     check(not other, f"--resume with other flags: {'; '.join(other)}")
     return state
+# --- end ---
+# --- the same in simclr, simcse, topk ---
+def alignment(z1, z2):
+    """Mean squared distance of pairs, 0..4; z1, z2 normalised [n, d] (Wang & Isola 2020)."""
+    return (z1 - z2).square().sum(1).mean()
+
+def uniformity(z):
+    """log mean exp(-2 |zi - zj|^2), i < j, z normalised [n, d]: 0 one point, -4 well spread."""
+    return torch.pdist(z).square().mul(-2).exp().mean().log()
+
+@torch.no_grad()
+def meters(z1, z2):
+    """Of embeddings [B, d]: alignment, uniformity, and embedding_std, of the normalised ones times
+    sqrt(d): 1 spread evenly, 0 collapsed."""
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    return {"alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item(),
+            "embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5}
 # --- end ---
 
 def train(a, net, split, out, measure, state):
@@ -806,7 +809,7 @@ def probe(net, data, a):
                 result[f"uniformity_{part}"] = uniformity(z1).item()
     return result
 
-# --- the same in simclr, simcse ---
+# --- the same in simclr, simcse, vicreg ---
 def draw(path, panels):
     """PNG of panels {title: {label of a line: [(x, y, std of y)]}}."""
     columns, rows = min(3, len(panels) or 1), math.ceil(len(panels) / 3) or 1
@@ -872,7 +875,7 @@ def compare(folders):
                          any(other.get(k) != v for _, other, _ in runs.values()))
         groups.setdefault(name, []).append(probes)
 
-    def pooled(rows):  # the same probe of several seeds
+    def pooled(rows):  # over seeds
         values = {k: [row[k] for row in rows if k in row] for k in rows[0]}
         return {k: (mean(v), stdev(v) if v[1:] else 0.0) for k, v in values.items()}
 
@@ -880,7 +883,7 @@ def compare(folders):
     panels = defaultdict(dict)
     for name, seeds in groups.items():
         layer, _, others = name.removeprefix("layer ").partition(", ")
-        along = [pooled(rows) for rows in zip(*seeds)]  # a row an epoch
+        along = [pooled(rows) for rows in zip(*seeds)]
         row = table[name] = pooled([probes[-1] for probes in seeds])
         if "linear" in row:
             panels["linear by layer, test %"].setdefault(others, []).append((layer, *row["linear"]))
@@ -918,7 +921,7 @@ def run(a, out, data):
     if report_file.exists() or (out / "checkpoint.pt").exists():  # with --resume only
         state = load_checkpoint(out / "checkpoint.pt", {**vars(a), "images": len(train_split)})
         with suppress(OSError, ValueError):
-            return json.loads(report_file.read_text())  # it is finished
+            return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
         out.mkdir(parents=True, exist_ok=True)
@@ -950,7 +953,7 @@ def run(a, out, data):
     return report
 
 def main(argv=None):
-    """Run a command line (default: the program's): one run's report, or several's table."""
+    """Run a command line: one run's report, or several's table."""
     words, out = list(sys.argv[1:] if argv is None else argv), None
     try:
         a = settings(words)
@@ -959,7 +962,7 @@ def main(argv=None):
         if "RANK" in os.environ:  # started by torchrun
             if a.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(timeout=timedelta(hours=2))  # for the probes
+            dist.init_process_group(timeout=timedelta(hours=2))
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(a.deterministic)
         torch.backends.cudnn.benchmark = not a.deterministic

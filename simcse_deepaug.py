@@ -72,7 +72,7 @@ PAPER = dict(model="bert-base-uncased", train_file="data/wiki1m_for_simcse.txt",
 # the paper's later version: regression on STS-B's training pairs, best dev score
 STS_B = dict(model="bert-base-uncased", sts_dir=PAPER["sts_dir"], objective="supervised",
              layer=["none"], lr=1e-4, warmup=0.0, epochs=10, eval_every=30, select="dev")
-# flags that say where and how a run computes, not what: --resume may change them
+# where and how a run computes, not what: --resume may change them
 HOW = set("out resume device compile compare preset eval_only".split())
 
 # --- the same in simclr, simcse, vicreg, topk, cka ---
@@ -643,22 +643,6 @@ def gather(z):
     parts[dist.get_rank()] = z
     return torch.cat(parts)
 
-def alignment(z1, z2):
-    """Mean squared distance of pairs, 0..4; z1, z2 normalised [n, d] (Wang & Isola 2020)."""
-    return (z1 - z2).square().sum(1).mean()
-
-def uniformity(z):
-    """log mean exp(-2 |zi - zj|^2), i < j, z normalised [n, d]: 0 one point, -4 well spread."""
-    return torch.pdist(z).square().mul(-2).exp().mean().log()
-
-@torch.no_grad()
-def meters(z1, z2):
-    """Of embeddings [B, d]: alignment, uniformity, and embedding_std, of the normalised ones times
-    sqrt(d): 1 spread evenly, 0 collapsed."""
-    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
-    return {"alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item(),
-            "embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5}
-
 def save_checkpoint(path, state):
     """Written beside, then renamed: a kill leaves the old file or the new one, whole."""
     part = path.with_suffix(".part")
@@ -681,6 +665,23 @@ def load_checkpoint(path, flags):
     check(script == NAME, f"{path} was written by {script}.py")
     check(not other, f"--resume with other flags: {'; '.join(other)}")
     return state
+# --- end ---
+# --- the same in simclr, simcse, topk ---
+def alignment(z1, z2):
+    """Mean squared distance of pairs, 0..4; z1, z2 normalised [n, d] (Wang & Isola 2020)."""
+    return (z1 - z2).square().sum(1).mean()
+
+def uniformity(z):
+    """log mean exp(-2 |zi - zj|^2), i < j, z normalised [n, d]: 0 one point, -4 well spread."""
+    return torch.pdist(z).square().mul(-2).exp().mean().log()
+
+@torch.no_grad()
+def meters(z1, z2):
+    """Of embeddings [B, d]: alignment, uniformity, and embedding_std, of the normalised ones times
+    sqrt(d): 1 spread evenly, 0 collapsed."""
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    return {"alignment": alignment(z1, z2).item(), "uniformity": uniformity(z1).item(),
+            "embedding_std": z1.std(0).mean().item() * z1.shape[1] ** 0.5}
 # --- end ---
 
 def kept(state):
@@ -859,7 +860,7 @@ def layer_map(net, data):
     M = cka.cka_map(layers())
     return M, cka.coadapted_stretch(M[:-1, :-1])
 
-# --- the same in simclr, simcse ---
+# --- the same in simclr, simcse, vicreg ---
 def draw(path, panels):
     """PNG of panels {title: {label of a line: [(x, y, std of y)]}}."""
     columns, rows = min(3, len(panels) or 1), math.ceil(len(panels) / 3) or 1
@@ -990,7 +991,7 @@ def run(a, out, data):
     if report_file.exists() or (out / "checkpoint.pt").exists():  # with --resume only
         state = load_checkpoint(out / "checkpoint.pt", flags)
         with suppress(OSError, ValueError):
-            return json.loads(report_file.read_text())  # it is finished
+            return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
         out.mkdir(parents=True, exist_ok=True)
@@ -1027,7 +1028,7 @@ def run(a, out, data):
     return report
 
 def main(argv=None):
-    """Run a command line (default: the program's): one run's report, or several's table."""
+    """Run a command line: one run's report, or several's table."""
     words, out = list(sys.argv[1:] if argv is None else argv), None
     transformers.logging.set_verbosity(50)  # no bars, no tables of weights that are not used
     transformers.logging.disable_progress_bar()

@@ -69,8 +69,8 @@ ROWS = {
                "--method dinov2 --no-baseline --batch-size 32"),
 }
 # the functions whose time is counted under these names, where a script has them
-SPANS = {"views": ("two_views", "train_views", "common_view", "local_crops", "strong_views", "mask_tokens"),
-         "loss": ("nt_xent", "losses_of", "simcse_loss", "mlm_loss")}
+SPANS = {"views": ("two_views", "views_of", "common_view", "local_crops", "strong_views", "mask_tokens"),
+         "loss": ("nt_xent", "losses", "simcse_loss", "mlm_loss")}
 PARTS = ("batch", "views", "forward", "loss", "backward", "optimizer", "rest")
 SMALL = 32, 64                                                      # batches of --count
 
@@ -204,7 +204,7 @@ class Training:
         arguments = self.bound.arguments
         self.a = arguments["a"]
         self.a.epochs, self.a.save_every = 10 ** 6, 10 ** 9         # on_step says when it is enough
-        self.a.probe_epochs = []                                    # vicreg_probe.py saves before a probe
+        self.a.probe_epochs = []
         for probe in {"after_epoch", "probe_after", "measure"} & set(arguments):
             arguments[probe] = lambda *_: {}  # training alone is measured
 

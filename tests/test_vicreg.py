@@ -1,0 +1,1292 @@
+"""vicreg_probe.py: its loss, SVM, clusters and information against slow forms, network and views
+against torchvision, what probes measure, whole runs, kills and resumes, what bad input gets."""
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import pickle
+import random
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from conftest import Trap, same_bits
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as T
+
+import simclr_deepaug as S
+import vicreg_probe as V
+
+SCRIPT = V
+ROWS = torch.tensor([True, False, True, True, False, False, True, False])  # two views of four
+BASE = ("--workers 0 --device cpu --image-size 16 --batch-size 36 --epochs 2 --arch RES-2-8 "
+        "--projector 16 12 --layer 1 --sample-level 6 4 2 --target-net RES-1-8 --target-epochs 2 "
+        "--target-stages 3 --mine-steps 5 --probe-epochs 1")  # six steps an epoch
+CHEAP = "--sample-level 0 0 0 --target-net none --mine-steps 0 --probes ncc --probe-epochs 0"
+SHORT = f"--epochs 1 --batch-size 108 --layer none {CHEAP}"  # two steps
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """Figures take most of a small run: [(path, what would be on it)]. `done` really has some."""
+    pages = []
+    monkeypatch.setattr(V, "draw", lambda *page: pages.append(page))
+    monkeypatch.setattr(V, "draw_maps", lambda *page: None)
+    monkeypatch.setattr(S, "draw", lambda *page: None)
+    return pages
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+def integers(below, *shape, seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+def flags(data, *more):
+    """A run on the 240 pictures of `few`. Texts in `more` are split into words, paths are not."""
+    words = [w for m in (BASE, *more) for w in (m.split() if isinstance(m, str) else [str(m)])]
+    return ["--data-dir", str(data), *words]
+
+def one_run(words):
+    """The settings of a command line with one value of everything."""
+    a = V.settings(words.split() if isinstance(words, str) else words)
+    for name in V.RUNS:
+        setattr(a, name, getattr(a, name)[0])
+    a.views = a.views or ("none" if a.objective == "supervised" else "simclr")
+    return a
+
+def load(data, *more):
+    """(settings, (training pictures, test pictures, classes))"""
+    a = one_run(flags(data, *more))
+    return a, V.load_data(a.dataset, a)
+
+def state_of(run):
+    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+
+def report_of(run):
+    return json.loads((Path(run) / "report.json").read_text())
+
+def by_key(rows):
+    table = {(r["epoch"], r["layer"], r["target"]): r for r in rows}
+    assert len(table) == len(rows), "two rows of the same epoch, layer and target"
+    return table
+
+def ended(words, capsys):
+    """The exit code of a command line that does not end well, and its last line on stderr."""
+    with pytest.raises(SystemExit) as end:
+        V.main(words)
+    return end.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+# ==== the loss ====
+
+def slow_vicreg(z1, z2):
+    """main_vicreg.py:194-219 entry by entry, in float64."""
+    (n, d), invariance, variance, covariance = z1.shape, 0, 0, 0
+    z1, z2 = z1.double(), z2.double()
+    for i, j in itertools.product(range(n), range(d)):
+        invariance = invariance + (z1[i, j] - z2[i, j]) ** 2 / (n * d)
+    for z in (z1, z2):
+        mean = [sum(z[i, j] for i in range(n)) / n for j in range(d)]
+        for j in range(d):
+            std = (sum((z[i, j] - mean[j]) ** 2 for i in range(n)) / (n - 1) + 1e-4) ** 0.5
+            variance = variance + (1 - std).clamp(min=0) / d / 2
+            for k in (k for k in range(d) if k != j):
+                entry = sum((z[i, j] - mean[j]) * (z[i, k] - mean[k]) for i in range(n))
+                covariance = covariance + (entry / (n - 1)) ** 2 / d
+    return [torch.as_tensor(part) for part in (invariance, variance, covariance)]
+
+def values_and_gradients(f, *inputs):
+    """Of each number that f returns: its value, its gradients."""
+    inputs, found = [x.clone().requires_grad_() for x in inputs], []
+    for part in f(*inputs):
+        found.append(part.detach().double())
+        grads = torch.autograd.grad(part, inputs, retain_graph=True, allow_unused=True) \
+            if part.requires_grad else [None] * len(inputs)
+        found += [torch.zeros_like(x).double() if g is None else g.double()
+                  for g, x in zip(grads, inputs)]
+    return found
+
+@pytest.mark.parametrize("n, d, scale", [(2, 3, 1.0), (6, 4, 0.5), (9, 5, 1.0), (5, 1, 0.3)])
+def test_vicreg_and_its_gradients_equal_loops(n, d, scale):
+    """Dimensions with a deviation below 1 and above it, a batch of two, a single dimension."""
+    spread = scale * torch.logspace(-2, 1, d)
+    z1, z2 = spread * randn(n, d) + 0.7, spread * randn(n, d, seed=1) - 0.2
+    for got, expected in zip(values_and_gradients(V.vicreg, z1, z2),
+                             values_and_gradients(slow_vicreg, z1, z2), strict=True):
+        atol = 1e-6 * max(1, expected.abs().max().item())
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol)
+
+def test_vicreg_of_a_collapsed_network_is_finite_and_pushes_outwards():
+    z = randn(1, 6).expand(8, 6)
+    got = values_and_gradients(V.vicreg, z, z)
+    assert all(g.isfinite().all() for g in got)
+    assert got[0] == got[6] == 0 and got[3].item() == pytest.approx(1 - 0.01, abs=1e-6)
+    almost = z.clone()
+    almost[0] += 1e-3
+    assert (values_and_gradients(V.vicreg, almost, z)[4][0] < 0).all()
+
+def test_vicreg_halves_the_variance_over_the_views_and_sums_the_covariance():
+    z1, z2 = 0.3 * randn(16, 5), randn(16, 5, seed=1) @ randn(5, 5, seed=2)
+    (_, v11, c11), (_, v22, c22), (_, v12, c12) = (
+        V.vicreg(*pair) for pair in ((z1, z1), (z2, z2), (z1, z2)))
+    torch.testing.assert_close(v12, (v11 + v22) / 2)
+    torch.testing.assert_close(c12, (c11 + c22) / 2)
+    cov, std = torch.cov(z2.T.double()), (z2.double().var(0) + 1e-4).sqrt()
+    one = (cov.square().sum() - cov.diagonal().square().sum()) / 5
+    assert c22.item() == pytest.approx(2 * one.item(), rel=1e-5)
+    assert v22.item() == pytest.approx((1 - std).clamp(min=0).mean().item(), rel=1e-5)
+
+def test_losses_weigh_their_parts_and_add_up():
+    """VICReg (Eq. 1); SimCLR as attraction of pairs plus repulsion; supervised: cross-entropy."""
+    z, labels = randn(10, 6), integers(6, 10)
+    unit = [v / v.norm() for v in z.double()]
+    pull = -sum(unit[i] @ unit[i + 5] for i in range(5)) / 5 / 0.2
+    push = sum(sum((unit[i] @ unit[k] / 0.2).exp() for k in range(10) if k != i).log()
+               for i in range(10)) / 10
+    s, v, c = slow_vicreg(*z.chunk(2))
+    entropy = -sum(row.double().log_softmax(0)[y] for row, y in zip(z, labels)) / 10
+    for words, parts in (
+            ("--invariance 2 --variance 3 --covariance 5", (2 * s, 3 * v + 5 * c)),
+            ("", (25 * s, 25 * v + c)), ("--objective simclr --temperature 0.2", (pull, push)),
+            ("--objective supervised", (entropy,))):
+        got = V.losses(one_run(words), z, labels)
+        names = ["loss", "invariance", "regularisation"][:1 if len(parts) == 1 else 3]
+        assert list(got) == names
+        for name, value in zip(names, [sum(parts), *parts]):
+            assert got[name].item() == pytest.approx(value.item(), rel=1e-5), (words, name)
+
+# ==== Deep Augmentation ====
+
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("shape", [(8, 40), (8, 5, 4, 4), (8, 6, 5)])
+def test_deep_augmentation_is_dropout_of_the_chosen_rows_alone(shape, stop):
+    """Mean and gradient: E[A(h)] = h; clean rows pass it as it is, chosen ones by their mask."""
+    torch.manual_seed(0)
+    h, up = randn(*shape).requires_grad_(), randn(*shape, seed=1)
+    out = V.deep_augment(h, ROWS, 0.3, stop)
+    (out * up).sum().backward()
+    assert torch.equal(out[~ROWS], h[~ROWS]) and torch.equal(h.grad[~ROWS], up[~ROWS])
+    mask = (out / h).detach()[ROWS]
+    kept = mask != 0
+    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / 0.7))
+    assert kept.any() and not kept.all() and not torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(h.grad[ROWS], torch.zeros_like(mask) if stop else up[ROWS] * mask)
+    ones = torch.ones(shape)
+    means = torch.stack([V.deep_augment(ones, ROWS, 0.3, stop) for _ in range(600)]).mean(0)
+    assert abs(means[ROWS].mean() - 1) < 0.02 and (means - 1).abs().max() < 0.15
+
+# ==== class centres and clusters ====
+
+def slow_clustering(x, y, x_test, y_test, classes):
+    """Section 2.2 picture by picture and pair by pair, in float64."""
+    x, x_test = x.double(), x_test.double()
+    of = {c: [p for p, label in zip(x, y.tolist()) if label == c] for c in range(classes)}
+    means = {c: sum(members) / len(members) for c, members in of.items() if members}
+
+    def accuracy(pictures, labels):
+        nearest = [min(means, key=lambda c, p=p: ((p - means[c]) ** 2).sum()) for p in pictures]
+        return 100 * sum(n == y for n, y in zip(nearest, labels.tolist())) / len(nearest)
+    several = [c for c in means if len(of[c]) > 1]
+    var = {c: sum(((p - means[c]) ** 2).sum() for p in of[c]) / len(of[c]) for c in several}
+    gap = {(i, j): ((means[i] - means[j]) ** 2).sum() for i, j in itertools.permutations(several, 2)}
+    cdnv = [(var[i] + var[j]) / (2 * d) for (i, j), d in gap.items()]
+    return {"ncc_train": accuracy(x, y), "ncc_test": accuracy(x_test, y_test),
+            "cdnv": statistics.mean(map(float, cdnv)),
+            "variance": statistics.mean(map(float, var.values())),
+            "distance": statistics.mean(map(float, gap.values()))}
+
+def some_classes(labels, d=6, seed=0):
+    """Features around a mean for every class."""
+    return randn(int(labels.max()) + 1, d, seed=seed + 50)[labels] + randn(len(labels), d, seed=seed)
+
+@pytest.mark.parametrize("labels", [
+    torch.arange(40) % 5, torch.arange(40) % 2,
+    torch.tensor([0] * 20 + [1] * 9 + [3] * 2 + [4]),  # class 2 absent, 4 with one picture
+    torch.tensor([5] * 12 + [0, 0, 0, 3, 3]), torch.arange(8500) % 3],
+    ids=["even", "two", "one picture, one absent", "many absent", "several chunks"])
+def test_clustering_equals_loops(labels):
+    """Whatever the order of the pictures, and however far from the origin they lie (in steps of
+    2^-7, so that moving them by 2^16 is exact)."""
+    classes, y_test = int(labels.max()) + 1, torch.arange(30) % (int(labels.max()) + 1)
+    x, x_test = ((128 * some_classes(y, seed=s)).round() / 128
+                 for s, y in enumerate((labels, y_test)))
+    expected = slow_clustering(x, labels, x_test, y_test, classes)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    assert V.clustering(x[order], labels[order], x_test, y_test, classes) == pytest.approx(
+        expected, rel=1e-5)
+    far = V.clustering(x + 2 ** 16, labels, x_test + 2 ** 16, y_test, classes)
+    assert far == pytest.approx(expected, rel=1e-3)
+    assert 0 < expected["ncc_test"] < 100
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7])
+def test_constant_features_have_no_cdnv(value):
+    x, y = torch.full((40, 7), value), torch.tensor([0] * 7 + [1] * 11 + [2] * 22)
+    got = V.clustering(x, y, x, y, 3)
+    assert got["cdnv"] is None and got["variance"] == got["distance"] == 0
+    assert any(got["ncc_train"] == pytest.approx(s) for s in (17.5, 27.5, 55))  # all to one class
+
+def test_means_that_coincide_and_a_single_class_have_no_cdnv():
+    half, one = randn(10, 4), torch.zeros(10, dtype=torch.long)
+    got = V.clustering(*[torch.cat([half, half, half + 1]), torch.arange(30) // 10] * 2, 3)
+    assert got["cdnv"] is None and got["variance"] > 1
+    assert got["distance"] == pytest.approx(16 / 6, rel=1e-5)
+    for y, classes in ((one, 1), (torch.tensor([0] * 9 + [1]), 2)):  # or of one picture
+        assert V.clustering(half, y, half, y, classes)["cdnv"] is None
+
+# ==== the linear SVM ====
+
+def with_one(x):
+    return F.pad(x.double(), (0, 1), value=1)
+
+def svm_objective(x, y, w, c=1.0):
+    """LIBLINEAR's, of every class; the bias is one of the weights."""
+    signs = torch.where(y.unsqueeze(1) == torch.arange(w.shape[1]), 1.0, -1.0)
+    hinge = (1 - signs * (with_one(x) @ w)).clamp(min=0)
+    return w.square().sum(0) / 2 + c * hinge.square().sum(0)
+
+def newton_svm(x, y, classes, c=1.0):
+    """Each class by Newton's method with halved steps, float64, to a gradient of nothing."""
+    x, weights = with_one(x), []
+    for k in range(classes):
+        s, w = torch.where(y == k, 1.0, -1.0).double(), torch.zeros(x.shape[1]).double()
+
+        def value(w, s=s):
+            return w @ w / 2 + c * (1 - s * (x @ w)).clamp(min=0).square().sum()
+        for _ in range(100):
+            margin = 1 - s * (x @ w)
+            xa, sa, ma = x[margin > 0], s[margin > 0], margin[margin > 0]
+            gradient = w - 2 * c * xa.T @ (sa * ma)
+            step = torch.linalg.solve(torch.eye(len(w)).double() + 2 * c * xa.T @ xa, gradient)
+            if step @ gradient <= 1e-13 * value(w):
+                break
+            t = 1.0
+            while value(w - t * step) > value(w) - 1e-4 * t * (gradient @ step) and t > 1e-8:
+                t /= 2
+            w = w - t * step
+        weights.append(w)
+    return torch.stack(weights, 1)
+
+def svm_problem(name):
+    """(x, y, classes), overlapping classes: as most layers'."""
+    n, d, classes = 300, 12, 4
+    x = randn(n, d) @ randn(d, d, seed=1)
+    y = (x @ randn(d, classes, seed=2) + 4 * randn(n, classes, seed=3)).argmax(1)
+    if name == "scales 1e-3 to 1e3":
+        x = x * torch.logspace(-3, 3, d)[torch.randperm(d, generator=torch.Generator())]
+    elif name == "two classes":
+        y, classes = (y > 1).long(), 2
+    elif name == "absent classes":
+        y, classes = 2 * y, 8
+    elif name == "classes of few pictures":
+        y = torch.zeros_like(y)
+        y[:3], y[3], classes = 1, 2, 3
+    elif name == "far from the origin":
+        x = 0.1 * x + 50
+    elif name == "constant and zero features":
+        x[:, 3], x[:, 5] = 7.0, 0.0
+    elif name == "dependent features":  # as of a deep untrained layer: 8 of 30, large
+        x, y, classes = 30 * randn(3000, 8) @ randn(8, 30, seed=1), integers(3, 3000), 3
+    elif name == "more features than pictures":
+        x, y, classes = randn(40, 60), integers(3, 40), 3
+    elif name == "several chunks":
+        x, y, classes = randn(8300, 3), integers(3, 8300), 3
+        x[8192:] += 5
+    return x, y, classes
+
+@pytest.mark.parametrize("name", [
+    "plain", "scales 1e-3 to 1e3", "two classes", "absent classes", "classes of few pictures",
+    "far from the origin", "constant and zero features", "dependent features",
+    "more features than pictures", "several chunks"])
+def test_svm_finds_the_minimum(name):
+    """Of every class: the objective, the decisions, and the gradient, which one more step of
+    Newton's method would turn into an improvement of g H^-1 g / 2, is as good as zero."""
+    x, y, classes = svm_problem(name)
+    got, best = V.fit_svm(x, y, classes), newton_svm(x, y, classes)
+    assert got.shape == (x.shape[1] + 1, classes) and not got.requires_grad
+    worse = 5e-3 if name == "more features than pictures" else 1e-4  # separable: nearly zero
+    w = got.double().requires_grad_()
+    value = svm_objective(x, y, w)
+    assert (value <= (1 + worse) * svm_objective(x, y, best)).all()
+    gradient = torch.autograd.grad(value.sum(), w)[0]
+    for k in range(classes):
+        active = (1 - torch.where(y == k, 1, -1) * (with_one(x) @ w[:, k])) > 0
+        hessian = torch.eye(len(w)).double() + 2 * with_one(x)[active].T @ with_one(x)[active]
+        newton = torch.linalg.solve(hessian, gradient[:, k])
+        assert gradient[:, k] @ newton / 2 <= worse * value[k]
+    scores, exact = with_one(x) @ got.double(), with_one(x) @ best
+    torch.testing.assert_close(scores, exact, rtol=0, atol=0.15 if worse > 1e-3 else 0.03)
+    assert (scores.argmax(1) == exact.argmax(1)).double().mean() > 0.99
+
+@pytest.mark.parametrize("c", [0.01, 100.0])
+def test_svm_with_another_cost(c):
+    x, y, classes = svm_problem("plain")
+    scores = with_one(x) @ V.fit_svm(x, y, classes, c).double()
+    torch.testing.assert_close(scores, with_one(x) @ newton_svm(x, y, classes, c), rtol=0, atol=0.03)
+    other = with_one(x) @ newton_svm(x, y, classes)
+    assert (scores - other).abs().max() > 0.06, "the cost makes no difference"
+
+def test_svms_of_several_labels_of_each_picture_are_those_of_one_after_the_other():
+    x, y, classes = svm_problem("plain")
+    other = integers(3, len(x), seed=4)
+    together = with_one(x) @ V.fit_svm(x, torch.stack([y, other + classes], 1), classes + 3).double()
+    apart = [with_one(x) @ V.fit_svm(x, *task).double() for task in ((y, classes), (other, 3))]
+    torch.testing.assert_close(together, torch.cat(apart, 1), rtol=0, atol=0.02)
+
+@pytest.mark.parametrize("name", ["plain", "two classes", "classes of few pictures"])
+def test_svm_decides_as_scikit_learns(name):
+    svm = pytest.importorskip("sklearn.svm")
+    x, y, classes = svm_problem(name)
+    theirs = svm.LinearSVC(C=1.0, dual=False, tol=1e-8).fit(x.numpy(), y.numpy())
+    scores = with_one(x) @ V.fit_svm(x, y, classes).double()
+    ours = scores if classes > 2 else scores[:, 1]
+    expected = torch.from_numpy(theirs.decision_function(x.numpy())).double()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
+
+# ==== mutual information ====
+
+def gaussians(n, d, rho, seed=0):
+    """x, z [n, d], correlation rho in every dimension: I = -d/2 log2(1 - rho^2) bits."""
+    x = randn(n, d, seed=seed)
+    return 5 * x + 3, 0.01 * (rho * x + (1 - rho ** 2) ** 0.5 * randn(n, d, seed=seed + 1))
+
+@pytest.mark.parametrize("d, rho", [(1, 0.9), (2, 0.8)])
+def test_information_of_correlated_gaussians(d, rho):
+    """A lower bound, but for the noise of 700 held-out pairs, and not far below."""
+    exact = -d / 2 * math.log2(1 - rho ** 2)
+    bits = V.mutual_information(*gaussians(3500, d, rho), 100)
+    assert len(bits) == len(set(bits)) == 5  # five initialisations
+    assert all(0.75 * exact < b < 1.15 * exact for b in bits), (bits, exact)
+
+def test_information_of_independent_variables_is_near_zero():
+    """Even where they could be learned by heart; it is read on pairs not trained on."""
+    assert all(b < 0.1 for b in V.mutual_information(*gaussians(250, 20, 0.0), 60))
+    assert all(-0.3 < b < 0.06 for b in V.mutual_information(*gaussians(2000, 1, 0.0), 30))
+    x, z = gaussians(1000, 1, 0.95)
+    z[800:] = z[800:].flip(0)
+    assert all(b < 0 for b in V.mutual_information(x, z, 40))
+
+def test_information_is_a_function_of_its_seed_alone():
+    x, z = gaussians(60, 3, 0.5)
+    z[:, 1] = 2.0  # a constant feature, as a dead channel
+    before = torch.get_rng_state()
+    first = V.mutual_information(x, z, 3)
+    assert torch.equal(torch.get_rng_state(), before) and all(map(math.isfinite, first))
+    torch.rand(5)
+    assert V.mutual_information(x, z, 3) == first != V.mutual_information(x, z, 3, seed=1)
+
+# ==== network ====
+
+def network(words, size=16, classes=4):
+    """A Net whose BatchNorms have statistics, scales and shifts of their own."""
+    torch.manual_seed(0)
+    net = V.Net(one_run(words), size, classes)
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0.3, 0.2)
+    return net
+
+def some_images(n=6, size=16):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+def normal(images):
+    return T.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).double()
+
+def by_hand(net, images, blocks, batch=False):
+    """App. A.2 from the weights alone: {layer: output}. batch: BatchNorm as in training."""
+    w, out = {k.removeprefix("layers."): v.detach().double()
+              for k, v in net.state_dict().items()}, {}
+
+    def norm(h, name):
+        axes = [0, *range(2, h.ndim)]
+        mean, var = (h.mean(axes), h.var(axes, correction=0)) if batch else \
+            (w[f"{name}.running_mean"], w[f"{name}.running_var"])
+        mean, var, scale, shift = (t.view(-1, *[1] * (h.ndim - 2)) for t in
+                                   (mean, var, w[f"{name}.weight"], w[f"{name}.bias"]))
+        return scale * (h - mean) / (var + 1e-5).sqrt() + shift
+
+    def conv(h, name, stride, padding):
+        return F.conv2d(h, w[f"{name}.weight"], None, stride, padding)
+    h = normal(images)
+    for i in (1, 2):
+        h = norm(conv(h, f"stem.conv{i}", 2, 0), f"stem.bn{i}").relu()
+    out["stem"] = h
+    for i in range(1, blocks + 1):
+        g = norm(conv(h, f"block{i}.conv1", 1, 1), f"block{i}.bn1").relu()
+        out[f"block{i}"] = h = (h + norm(conv(g, f"block{i}.conv2", 1, 1), f"block{i}.bn2")).relu()
+    out["avgpool"] = h = h.mean((2, 3))
+    hidden = norm(h @ w["head.0.weight"].T + w["head.0.bias"], "head.1").relu()
+    return {**out, "head": hidden @ w["head.3.weight"].T}
+
+@pytest.mark.parametrize("size", [16, 18])
+def test_res_l_h_is_the_papers(size):
+    """relu(x + B2 C2 relu(B1 C1 x)), L times, behind two 2x2 convolutions of stride 2."""
+    net, images = network("--arch RES-3-10 --projector 7 5").eval(), some_images(6, size)
+    with torch.no_grad():
+        got, expected = net.activations(images), by_hand(net, images, 3)
+        assert list(got) == list(expected) and got["stem"].shape == (6, 10, 4, 4)
+        for name in expected:
+            torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(images, torch.ones(6, dtype=torch.bool)), got["head"])
+    wide = V.Net(one_run("--arch RES-1-64"), 16, 4).layers.block1.conv1.weight  # He's, fan out
+    assert wide.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.03)
+
+def test_each_view_has_its_own_batch_statistics_and_supervised_is_one_view():
+    """The output of a view does not depend on the other; running statistics move once a view."""
+    words, none = "--arch RES-2-8 --projector 7 5", torch.zeros(10, dtype=torch.bool)
+    net, before = network(words), network(words)
+    first, second = some_images(5), 0.3 * some_images(10)[5:] + 0.5
+    got = net.train()(torch.cat([first, second]), none)
+    expected = torch.cat([by_hand(before, v, 2, True)["head"] for v in (first, second)])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+    mean = before.layers.stem.bn1.running_mean.double()
+    for view in (first, second):
+        h = F.conv2d(normal(view), before.layers.stem.conv1.weight.double(), None, 2)
+        mean = 0.9 * mean + 0.1 * h.mean((0, 2, 3))
+    moved = net.layers.stem.bn1.running_mean.double()
+    torch.testing.assert_close(moved, mean, rtol=1e-5, atol=1e-6)
+    net = network("--arch RES-1-4 --objective supervised", classes=7).train()
+    assert net(some_images(5), none[:5]).shape == (5, 7)
+    assert net.layers.stem.bn1.num_batches_tracked == 1
+
+@pytest.mark.parametrize("size", [64, 16])
+def test_resnet18s_features_equal_torchvisions_with_the_exported_weights(size, tmp_path):
+    """Only fc is missing; below 64 px the stem is 3x3 without max pooling."""
+    from safetensors.torch import load_file
+    a, net = one_run("--arch resnet18"), network("--arch resnet18", size).eval()
+    split = V.Split(size, torch.zeros(2), (255 * some_images(2, size)).byte())
+    assert V.export(a, net, split, [], tmp_path / "encoder.pt", {}) <= 1e-4
+    theirs = torchvision.models.resnet18(weights=None).eval()
+    if size < 64:
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    weights = load_file(tmp_path / "weights.safetensors")
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert sorted(missing) == ["fc.bias", "fc.weight"] and unexpected == []
+    theirs.fc, images = nn.Identity(), some_images(3, size)
+    with torch.no_grad():
+        ours, expected = net.activations(images), theirs(normal(images).float())
+        assert list(ours) == ["stem", *(f"block{i}" for i in range(1, 9)), "avgpool", "head"]
+        torch.testing.assert_close(ours["avgpool"], expected, rtol=1e-3, atol=1e-3)
+
+@pytest.mark.parametrize("layer", ["-1", "0", "1", "2", "3", "4", "0+2", "all"])
+def test_stop_gradient(layer):
+    """--layer of RES-2-6: -1 input, 0 stem, 1 and 2 blocks, 3 average pool, 4 head. No gradient
+    from augmented rows to what is below, from clean rows the plain network's; layers above learn
+    from both; without stop-gradient all do; in eval mode nothing is augmented."""
+    def gradients(more, weights):
+        net = network(f"--arch RES-2-6 --projector 9 5 {more}").train()
+        for m in net.modules():  # BatchNorm must not mix the rows
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                m.eval()
+        images = some_images(8).requires_grad_()
+        torch.manual_seed(7)
+        out = net(images, ROWS)
+        (out * weights).sum().backward()
+        number = {name: l for l, name in enumerate(net.layers._modules, start=-1)}
+        grads = {k: (number[k.split(".")[1]], p.grad) for k, p in net.named_parameters()}
+        return images.grad, grads, out.detach(), net.eval()(images, ROWS)
+    weights, chosen = randn(8, 5, seed=2), ROWS.view(-1, 1)
+    top = {"all": 4, "0+2": 2}.get(layer) if layer in ("all", "0+2") else int(layer)
+    images, params, out, calm = gradients(f"--layer {layer}", weights)
+    plain_images, plain, plain_out, plain_calm = gradients("", weights * ~chosen)
+    assert not images[ROWS].any() and torch.equal(calm, plain_calm)
+    assert (out != plain_out).any(1).tolist() == ROWS.tolist()
+    torch.testing.assert_close(images[~ROWS], plain_images[~ROWS])
+    for name, (l, grad) in params.items():
+        if l <= top:
+            torch.testing.assert_close(grad, plain[name][1], msg=name)
+    for name, (l, grad) in gradients(f"--layer {layer}", weights * chosen)[1].items():
+        assert grad.any() == (l > top), name
+    images, params, *_ = gradients(f"--layer {layer} --no-stop-grad", weights * chosen)
+    assert images.flatten(1).any(1).tolist() == ROWS.tolist()
+    assert all(grad.any() for _, grad in params.values())
+
+# ==== views ====
+
+def points(n, size):
+    """Random pictures whose red channel is one bright pixel: blurred, it shows the kernel."""
+    x = some_images(n, size)
+    x[:, 0] = 0
+    x[:, 0, size // 2, size // 2] = 1
+    return x
+
+def sigma_of(views):
+    """Of a blurred point, from two pixels: exp(1 / 2 sigma^2) is what they differ by."""
+    c = views.shape[-1] // 2
+    return (0.5 / (views[:, 0, c, c] / views[:, 0, c, c + 1]).double().log()).sqrt()
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_blur_and_solarization_equal_torchvisions(size):
+    """Of about as many pictures as --blur and --solarize say, the others are untouched."""
+    torch.manual_seed(0)
+    x = points(60, size)
+    blurred, both = V.blur_and_solarize(x, 0.5, 0), V.blur_and_solarize(x, 1, 0.5)
+    kernel, changed = 2 * min(11, size - 1) + 1, (blurred != x).flatten(1).any(1)
+    assert 15 < changed.sum() < 45 and torch.equal(blurred[~changed], x[~changed])
+    for view, picture, sigma in zip(blurred[changed], x[changed], sigma_of(blurred[changed])):
+        expected = T.gaussian_blur(picture, [kernel] * 2, [sigma.item()] * 2)
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
+    assert torch.equal(V.blur_and_solarize(x, 0, 1), T.solarize(x, 0.5))
+    flipped = both[:, 0, 0, 0] == 0  # black stays black, but
+    inside = x.clone()
+    inside[:, :, 1] = 0.9
+    for view, picture in zip(V.blur_and_solarize(inside, 0, 0.5), inside):
+        assert torch.equal(view, picture) or torch.equal(view, T.solarize(picture, 0.5))
+    assert flipped.all()
+
+def test_blur_and_solarization_are_drawn_as_often_and_as_widely_as_the_papers():
+    torch.manual_seed(0)
+    x = points(4000, 24)
+    views = V.blur_and_solarize(x, 0.5, 0)
+    changed = (views != x).flatten(1).any(1)
+    assert abs(changed.float().mean() - 0.5) < 0.03
+    levels = torch.linspace(0.1, 0.9, 5).double()
+    sigmas = sigma_of(views[changed]).quantile(levels)
+    assert (sigmas - (0.1 + 1.9 * levels)).abs().max() < 0.06
+    solarized = (V.blur_and_solarize(x, 0, 0.1) != x).flatten(1).any(1)
+    assert abs(solarized.float().mean() - 0.1) < 0.02
+    tiny = torch.full((4, 3, 5, 5), 0.3)  # smaller than the window
+    torch.testing.assert_close(V.blur_and_solarize(tiny, 1, 0), tiny)
+
+def test_views_are_first_ones_then_second_ones_none_are_the_pictures_as_they_are():
+    """Black and white survive every augmentation; the two views of a picture differ."""
+    images = V.draw_shapes(20, 0, "cpu")[0]
+    for a in (one_run("--objective supervised"), one_run("--views none")):
+        assert torch.equal(V.views_of(images, 32, a, a.views), images / 255)
+        assert torch.equal(V.views_of(images, 32, a, a.views, 2), torch.cat([images, images]) / 255)
+    torch.manual_seed(0)
+    white = torch.arange(40) % 3 == 0
+    pictures = (white * 255).byte().view(-1, 1, 1, 1).expand(-1, 3, 24, 24)
+    views = V.views_of(pictures, 16, one_run(""), "simclr", 2)
+    assert views.shape == (80, 3, 16, 16)
+    assert ((views.mean((1, 2, 3)) > 0.3) == white.repeat(2)).all()
+    first, second = V.views_of(images, 32, one_run(""), "simclr", 2).chunk(2)
+    assert (first != second).flatten(1).any(1).all()
+
+def test_views_jitter_is_as_wide_as_the_papers(monkeypatch):
+    """Factors within 1 -+ .4, .4, .2 for brightness, contrast, saturation; hue -+ .1 of a turn."""
+    found, adjust = {}, V.adjust
+    monkeypatch.setattr(V, "adjust", lambda x, operation, factor: found.update(
+        {operation: factor.flatten()}) or adjust(x, operation, factor))
+    torch.manual_seed(0)
+    V.views_of(V.draw_shapes(4000, 0, "cpu")[0][..., ::8, ::8], 4, one_run(""), "simclr")
+    for operation, reach in enumerate((0.4, 0.4, 0.2, 0.1)):
+        off = (found[operation] - (operation != 3)).abs()
+        assert 0.98 * reach < off.max() <= reach + 1e-6
+        assert off[off > 0].mean().item() == pytest.approx(reach / 2, rel=0.05)
+
+def test_autoaugment_changes_pictures_within_shape_and_range():
+    """CIFAR-10's policy; eight pictures share a draw, groups differ; the random state decides."""
+    images = V.draw_shapes(8, 0, "cpu")[0][:1].repeat(160, 1, 1, 1)
+    copy, a = images.clone(), one_run("--objective supervised --views autoaugment")
+    for _ in range(2):
+        torch.manual_seed(0)
+        got = V.views_of(images, 32, a, a.views)
+    torch.manual_seed(0)
+    assert torch.equal(V.views_of(images, 32, a, a.views), got) and torch.equal(images, copy)
+    assert got.shape == (160, 3, 32, 32) and 0 <= got.min() and got.max() <= 1
+    groups = [group[0] for group in got.split(8)]
+    assert sum(not torch.equal(g, images[0] / 255) for g in groups) >= 10
+    assert len({g.numpy().tobytes() for g in groups}) >= 10
+
+# ==== random targets, superclasses, presets ====
+
+@pytest.fixture(scope="module")
+def families():
+    """Drawn shapes, labelled with their five families."""
+    splits = [V.Split(32, labels // 4, images) for images, labels in
+              (V.draw_shapes(1280, 0, "cpu"), V.draw_shapes(300, 1, "cpu"))]
+    return *splits, list("abcde")
+
+def targets(families, words=""):
+    a = one_run("--device cpu --target-net RES-1-8 --target-epochs 6 --target-stages 4 "
+                f"--probe-images 700 {words}")
+    return V.random_targets(a, families)
+
+def agreements(found, families):
+    train, test, _ = families
+    return [((y == train.labels[:len(y)]).float().mean() + (y_test == test.labels).float().mean())
+            .item() / 2 for _, y, y_test in found]
+
+def commonest(y):
+    return y.bincount().max().item() / len(y)
+
+def test_random_targets_go_from_an_untrained_network_to_a_trained_one(families):
+    """Evenly spaced stages, of the pictures that are probed. An untrained network gives nearly all
+    pictures to one class or two; --balance-targets spreads them. The seed decides."""
+    found, balanced = targets(families), targets(families, "--balance-targets")
+    for stages in (found, balanced):
+        assert [r for r, *_ in stages] == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-9)
+        for _, y, y_test in stages:
+            assert y.shape == (700,) and y_test.shape == (300,) and y.dtype == torch.int64
+            assert 0 <= y.min() and y.max() < 5
+        right = agreements(stages, families)
+        assert max(right) == right[-1] > 0.35 and right[0] < 0.3, right
+    assert commonest(found[0][1]) > 0.5 > 0.4 > commonest(balanced[0][1])
+    one = "--target-epochs 1 --target-stages 2 --seed"
+    for seed, same in ((0, True), (1, False)):
+        first, last = targets(families, f"{one} {seed}")
+        assert (first[0], last[0]) == (1, 0) and torch.equal(first[1], found[0][1]) == same
+
+def test_random_targets_of_a_vit(families):
+    train, test, classes = families
+    small = [V.Split(8, s.labels[:200], s.images[:200, :, ::4, ::4]) for s in (train, test)]
+    words = "--device cpu --target-net vit --target-epochs 1 --target-stages 2 --image-size 8"
+    first, last = V.random_targets(one_run(words), (*small, classes))
+    assert len(first[1].unique()) > 1 and not torch.equal(first[1], last[1])
+    assert last[2].shape == (200,) and commonest(last[1]) < 1
+
+def test_superclasses_of_shapes_are_the_families(monkeypatch):
+    monkeypatch.setattr(V, "draw_shapes", lambda n, *_, draw=V.draw_shapes: draw(20, 0, "cpu"))
+    *_, classes = V.load_data("shapes", one_run(""))
+    pairs = {(name.split()[0], c) for name, c in zip(classes, V.SUPERCLASSES["shapes"], strict=True)}
+    assert len(pairs) == len({name for name, _ in pairs}) == len({c for _, c in pairs}) == 5
+
+def test_superclasses_of_cifar100_are_its_coarse_labels(real_data):
+    with open(real_data / "cifar-100-python/train", "rb") as f:
+        train = pickle.load(f, encoding="latin1")
+    coarse = dict(zip(train["fine_labels"], train["coarse_labels"]))
+    assert [ord(c) - ord("a") for c in V.SUPERCLASSES["cifar100"]] == [coarse[i] for i in range(100)]
+
+def test_preset_paper_sets_the_papers_values_and_a_flag_beside_it_wins():
+    a = V.settings(["--preset", "paper"])
+    assert (a.dataset, a.arch, a.batch_size, a.epochs, a.lr) == ("cifar100", ["RES-5-250"], 256,
+                                                                 1000, 0.002)
+    assert (a.weight_decay, a.sample_level, a.temperature) == (1e-6, [500, 100, 20], 0.5)
+    assert (a.crop_min, a.blur, a.solarize, a.target_net) == (0.08, 0.5, 0.1, "resnet18")
+    assert (a.invariance, a.variance, a.covariance) == (25, [25], 1)
+    a = V.settings("--preset paper --epochs 30 --dataset cifar10 --variance 1 5".split())
+    assert (a.dataset, a.epochs, a.variance, a.lr) == ("cifar10", 30, [1, 5], 0.002)
+
+# ==== what probes measure ====
+
+class Encoder(nn.Module):
+    """Layers as a user's own encoder might have."""
+    def forward(self, images):
+        return images.mean((2, 3))
+
+    def activations(self, images):
+        return [images, images.mean((2, 3))]
+
+CONFIG = {"script": "mine", "layers": ["stem", "avgpool"], "layer_numbers": {"stem": 0, "avgpool": 1},
+          "image_size": 16, "dataset": "folder", "flags": {"data_dir": "few"}, "measurements": {}}
+
+def write_encoder(path, config=CONFIG):
+    example = torch.rand(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace_module(Encoder(), {"forward": example, "activations": example})
+        torch.jit.save(traced, str(path), {"config.json": json.dumps(config)})
+
+def test_sample_level_asks_of_which_picture_something_is_a_view(tmp_path):
+    """Black or white survives the augmentations, so every view is told."""
+    images = torch.tensor([0, 255]).byte().view(2, 1, 1, 1).expand(2, 3, 16, 16)
+    split = V.Split(16, torch.tensor([0, 1]), images)
+    write_encoder(tmp_path / "encoder.pt")
+    a = one_run("--device cpu --sample-level 2 9 7 --mine-steps 0 --probes svm ncc knn logistic")
+    [row] = V.probe(tmp_path / "encoder.pt", (split, split, []), [], a)
+    assert (row["layer"], row["target"], row["classes"]) == ("stem", "sample", 2)
+    for measure in ("svm", "ncc_train", "ncc_test", "knn", "logistic"):
+        assert row[measure] == 100, measure
+    assert row["majority"] == 50
+
+def test_probes_see_views_of_the_samples_and_the_pictures_and_every_layer_for_itself(monkeypatch):
+    """A layer that knows the label of a plain picture and one that sees nothing; every view is
+    another, of test too; at another epoch they are the same."""
+    splits = [V.Split(32, labels, images) for images, labels in
+              (V.draw_shapes(160, 0, "cpu"), V.draw_shapes(100, 1, "cpu"))]
+    answer = {x.numpy().tobytes(): y for s in splits
+              for x, y in zip(s.images / 255, s.labels.tolist())}
+    shown = []
+
+    def activations(images):
+        shown.extend(x.numpy().tobytes() for x in images)
+        known = torch.tensor([answer.get(x.numpy().tobytes(), -1) for x in images])
+        return {"blind": torch.ones(len(images), 2, 3, 3), "block1": F.one_hot(known + 1, 21)}
+    config = {"layers": ["blind", "block1", "avgpool"], "image_size": 32,
+              "layer_numbers": {"blind": 0, "block1": 1, "avgpool": 2}, "measurements": {"epoch": 7}}
+    monkeypatch.setattr(V, "load_encoder", lambda *_: (activations, config))
+    a = one_run("--device cpu --sample-level 20 3 2 --mine-steps 0 --probe-images 140")
+    rows = by_key(V.probe("", (*splits, [*range(20)]), [], a))
+    views = [x for x in shown if x not in answer]
+    assert len(views) == len({*views}) == 5 * 20 and len({*shown}) == 5 * 20 + 140 + 100
+    shown.clear()
+    V.probe("", (*splits, [*range(20)]), [], a)
+    assert [x for x in shown if x not in answer] == views
+    assert list(rows) == [(7, l, t) for t in ("sample", "class", "superclass")
+                          for l in ("blind", "block1")] or len(rows) == 6
+    for target, chance, classes in (("class", 5, 20), ("superclass", 20, 5)):
+        good, blind = rows[7, "block1", target], rows[7, "blind", target]
+        assert good["svm"] == good["ncc_test"] == good["ncc_train"] == 100
+        assert good["classes"] == classes and blind["majority"] == pytest.approx(chance, abs=1e-4)
+        assert blind["svm"] <= 2 * chance and blind["cdnv"] is None and blind["variance"] == 0
+    assert rows[7, "block1", "class"]["cdnv"] < 1e-9 < rows[7, "block1", "superclass"]["cdnv"]
+    assert rows[7, "block1", "class"]["knn"] == rows[7, "block1", "class"]["logistic"] == 100
+    assert rows[7, "block1", "sample"]["ncc_test"] == pytest.approx(5)  # no view is known
+
+# ==== whole runs ====
+
+@pytest.fixture(scope="module")
+def done(few, tmp_path_factory):
+    """A finished run of 12 steps, everything probed; tests change nothing in its folder."""
+    out = tmp_path_factory.mktemp("done") / "run"
+    V.main(flags(few, "--out", out))
+    return out
+
+@pytest.fixture(scope="module")
+def short(few, tmp_path_factory):
+    """A finished run of two steps and the cheapest probe."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    V.main(flags(few, SHORT, "--out", out))
+    return out
+
+@pytest.fixture(scope="module")
+def live(done, few):
+    """The trained network of `done` in eval mode, {split: its activations}, labels, targets."""
+    a, (train, test, classes) = load(few)
+    net = V.Net(a, 16, 4)
+    net.load_state_dict(state_of(done)["model"])
+    with torch.no_grad():
+        acts = [net.eval().activations(V.to_unit(s.images, 16)) for s in (train, test)]
+    return net, acts, {"class": (train.labels, test.labels), **{
+        f"random {r:.2f}": labels for r, *labels in state_of(done)["targets"]}}
+
+def test_the_run_folder_holds_what_the_design_says(done):
+    assert {p.name for p in done.iterdir()} == {
+        "config.json", "metrics.csv", "probes.csv", "report.json", "checkpoint.pt", "encoder-0.pt",
+        "encoder-1.pt", "encoder-2.pt", "encoder.pt", "weights.safetensors", "samples.npz",
+        "clusters.png", "figures.png"}
+    for picture in done.glob("*.png"):
+        assert len(np.unique(np.array(Image.open(picture)).reshape(-1, 4), axis=0)) > 20
+    report, config = report_of(done), json.loads((done / "config.json").read_text())
+    assert report["step"] == 12 and report["seconds"] > 0 and report["images_per_second"] > 0
+    assert report["export_difference"] <= 1e-4 and report["broken"] == 0
+    assert config["torch"] == torch.__version__ and config["layer"] == "1"
+    table = by_key(report["probes"])
+    for end, epoch in (("_untrained", 0), ("", 2)):
+        for level, k in itertools.product(("sample", "class"), V.MEASURES):
+            assert report.get(f"{k}_{level}{end}") == table[epoch, "block2", level].get(k)
+        assert report[f"linear{end}"] == table[epoch, "block2", "class"]["logistic"]
+        assert report[f"knn{end}"] == table[epoch, "block2", "class"]["knn"]
+        assert report[f"bits_information{end}"] == table[epoch, "block2", "information"]["bits"]
+    rows = list(csv.DictReader((done / "metrics.csv").read_text().splitlines()))
+    assert [int(r["step"]) for r in rows] == list(range(1, 13))
+    for step, r in enumerate({k: float(v) for k, v in r.items()} for r in rows):
+        assert r["loss"] == pytest.approx(r["invariance"] + r["regularisation"], rel=1e-5)
+        assert r["lr"] == V.learning_rate(step, one_run(BASE), 6) and 0 < r["embedding_std"] < 2
+
+def test_probes_csv_has_a_row_for_every_epoch_layer_and_target(done):
+    levels = ["sample", "class", "random 1.00", "random 0.50", "random 0.00"]
+    expected = {*itertools.product("012", ("stem", "block1", "block2"), levels),
+                *itertools.product("012", ["block2"], ["information"])}
+    rows = list(csv.DictReader((done / "probes.csv").read_text().splitlines()))
+    assert {*by_key(rows)} == expected
+    for r in rows:
+        if r["target"] == "information":
+            assert math.isfinite(float(r["bits"])) and float(r["bits_std"]) > 0
+            continue
+        assert r["classes"] == ("6" if r["target"] == "sample" else "4") and float(r["cdnv"]) > 0
+        assert all(0 <= float(r[k]) <= 100 for k in ("majority", "svm", "ncc_train", "ncc_test"))
+        assert (r["agreement"] != "") == r["target"].startswith("random") == (r["randomness"] != "")
+        assert (r["logistic"] != "") == (r["target"] == "class" and r["layer"] == "block2")
+
+@pytest.mark.parametrize("layer", ["stem", "block1", "block2"])
+def test_probes_measure_the_layers_and_targets_that_they_name(done, live, layer):
+    """Features taken here from the network, centres by a loop over classes, another SVM."""
+    _, acts, labels = live
+    x, x_test = (layers[layer].mean((2, 3)).double() for layers in acts)
+    for target, (y, y_test) in labels.items():
+        row, present = by_key(report_of(done)["probes"])[2, layer, target], y.unique()
+        means = torch.stack([x[y == c].mean(0) for c in present])
+        for name, features, truth in (("train", x, y), ("test", x_test, y_test)):
+            nearest = present[((features.unsqueeze(1) - means) ** 2).sum(2).argmin(1)]
+            right = 100 * (nearest == truth).double().mean().item()
+            assert row[f"ncc_{name}"] == pytest.approx(right, abs=100 / len(x) + 1e-4), target
+        scores = with_one(x_test) @ newton_svm(x.float(), y, 4)
+        right = 100 * (scores.argmax(1) == y_test).double().mean().item()
+        assert row["svm"] == pytest.approx(right, abs=4.2), target  # one of 24 pictures
+        share = 100 * y_test.bincount().max().item() / 24
+        assert row["majority"] == pytest.approx(share, abs=1e-3)
+        if target != "class":
+            same = 100 * (y_test == labels["class"][1]).double().mean().item()
+            assert row["agreement"] == pytest.approx(same, abs=1e-3)
+
+def test_encoders_equal_the_live_network_and_say_what_they_are(done, live):
+    """encoder.pt in whole; of the others the epoch."""
+    net, x, extra = live[0], torch.rand(5, 3, 16, 16), {"config.json": ""}
+    encoder = torch.jit.load(done / "encoder.pt", _extra_files=extra)
+    config = json.loads(extra["config.json"])
+    assert config["layers"] == ["stem", "block1", "block2", "avgpool", "head"]
+    assert config["layer_numbers"] == {n: l for l, n in enumerate(config["layers"])}
+    assert config["script"] == "vicreg_probe" and config["image_size"] == 16
+    assert config["dataset"] == "folder" and config["classes"] == [f"class{i}" for i in range(4)]
+    assert config["flags"]["views"] == "simclr" and config["flags"]["jitter"] == [.4, .4, .2, .1]
+    assert config["measurements"]["linear"] == report_of(done)["linear"]
+    with torch.no_grad():
+        expected = net.activations(x)
+        for ours, theirs in zip(encoder.activations(x), expected.values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder(x), expected["avgpool"], rtol=1e-4, atol=1e-5)
+    outputs = []
+    for epoch in (0, 1, 2):
+        encoder = torch.jit.load(done / f"encoder-{epoch}.pt", _extra_files=extra)
+        outputs.append(encoder(x))
+        assert json.loads(extra["config.json"])["measurements"]["epoch"] == epoch
+    torch.testing.assert_close(outputs[2], expected["avgpool"], rtol=1e-4, atol=1e-5)
+    assert (outputs[0] != outputs[1]).any() and (outputs[1] != outputs[2]).any()
+    samples = np.load(done / "samples.npz")
+    assert samples["images"].shape == (24, 3, 16, 16) and samples["images"].dtype == np.uint8
+
+def test_encoder_files_give_the_numbers_that_the_run_recorded(done, few, tmp_path):
+    """Data set, its folder and size come from the file; --all-layers adds the last ones."""
+    files = [str(done / f"encoder-{epoch}.pt") for epoch in (0, 1, 2)]
+    words = re.sub(r"--image-size 16", "", BASE).split()
+    report = V.main([*words, "--out", str(tmp_path / "run"), "--encoder", *files])
+    ours, theirs = by_key(report["probes"]), by_key(report_of(done)["probes"])
+    assert list(ours) == list(theirs)
+    for key, row in theirs.items():
+        for k in {*V.MEASURES, "bits", "agreement", "majority"} & {*row}:
+            assert ours[key][k] == pytest.approx(row[k], rel=1e-3), (key, k)
+    for k in ("linear", "knn", "svm_class", "linear_untrained", "cdnv_sample", "bits_information"):
+        assert report[k] == pytest.approx(report_of(done)[k], rel=1e-3), k
+    assert not list((tmp_path / "run").glob("*.pt"))
+    report = V.main([*words, *CHEAP.split(), "--all-layers", "--out", str(tmp_path / "all"),
+                     "--encoder", str(done / "encoder.pt")])
+    assert [r["layer"] for r in report["probes"]] == ["stem", "block1", "block2", "avgpool", "head"]
+
+def test_an_encoder_of_simclr_is_probed_with_nothing_else_given(few, tmp_path):
+    S.main(["--data-dir", str(few), *"--workers 0 --batch-size 36 --epochs 1 --device cpu "
+            "--image-size 16 --layer 4 --out".split(), str(tmp_path / "run")])
+    report = V.main(["--encoder", str(tmp_path / "run/encoder.pt"), *"--workers 0 --device cpu "
+                     "--sample-level 4 3 2 --target-net none --mine-steps 5 --out".split(),
+                     str(tmp_path / "probes")])
+    assert {"linear", "knn", "svm_class", "svm_sample", "bits_information"} <= {*report}
+    numbered = report["probes"][0]["layer"], report["probes"][-1]["layer"]
+    assert numbered == ("stem", report["probes"][-2]["layer"]) and len(report["probes"]) > 9
+    assert report["flags"]["image_size"] == 16 and report["flags"]["data_dir"] == str(few)
+
+def assert_same_run(out, other):
+    """Weights, optimizer, losses and probes are equal to the last bit."""
+    a, b = state_of(out), state_of(other)
+    assert a["step"] == b["step"] and same_bits(a["model"], b["model"])
+    assert same_bits(a["optimizer"], b["optimizer"]) and a["probes"] == b["probes"]
+    for x, y in zip(a["log"], b["log"], strict=True):
+        assert [x[k] for k in ("step", "loss", "lr")] == [y[k] for k in ("step", "loss", "lr")]
+
+def test_probing_changes_no_bit_of_training(few, done, tmp_path):
+    """The cheapest probe before and after training; every probe, between epochs too."""
+    V.main(flags(few, CHEAP, "--out", tmp_path / "run"))
+    ours, theirs = state_of(tmp_path / "run"), state_of(done)
+    assert len(ours["probes"]) == 6 and len(theirs["probes"]) == 48
+    assert same_bits(ours["model"], theirs["model"])
+    assert same_bits(ours["optimizer"], theirs["optimizer"])
+
+@pytest.fixture(scope="module")
+def seen():
+    return {}
+
+@pytest.mark.parametrize("text", [
+    "--layer -1", "--layer 0", "--layer 1", "--layer 1 --no-stop-grad", "--layer 1+3", "--layer all",
+    "--layer 1 --rate 0.1", "--layer 1 --sample 1", "--crop-min 0.9", "--blur 1", "--solarize 1",
+    "--views none", "--views autoaugment", "--objective simclr", "--objective supervised",
+    "--objective simclr --temperature 0.1", "--objective supervised --views autoaugment",
+    "--invariance 1", "--variance 1", "--covariance 25", "--weight-decay 0.1", "--lr 0.037",
+    "--clip 0.1", "--image-size 24", "--batch-size 54", "--arch RES-1-8", "--projector 8 8",
+    "--arch resnet18 --image-size 8", "--seed 3", "--epochs 2"])
+def test_every_option_runs_and_changes_the_result(few, short, seen, tmp_path, text):
+    """Other weights than without it, and than with any other option."""
+    report, others = V.main(flags(few, SHORT, text, "--out", tmp_path / "run")), dict(seen)
+    weights = state_of(tmp_path / "run")["model"]
+    stem = weights["layers.stem.conv1.weight"]
+    assert math.isfinite(report["linear"]) and all(v.isfinite().all() for v in weights.values())
+    others["nothing"] = state_of(short)["model"]["layers.stem.conv1.weight"]
+    assert not [other for other, theirs in others.items() if torch.equal(stem, theirs)]
+    seen[text] = stem
+
+def test_default_rate_trains_a_wide_projector_since_gradients_are_clipped(few, tmp_path, capsys):
+    """Unclipped, the loss is infinite within 24 steps: one line says so, the checkpoint stays."""
+    words = flags(few, CHEAP, "--arch RES-5-24 --projector 2048 2048 --epochs 4 --layer none")
+    V.main([*words, "--out", str(tmp_path / "run")])
+    losses = [row["loss"] for row in state_of(tmp_path / "run")["log"]]
+    assert len(losses) == 24 and max(losses) < 50 and losses[-1] < losses[0]
+    out = tmp_path / "unclipped"
+    code, line = ended([*words, "--clip", "1e9", "--out", str(out)], capsys)
+    assert code == 2 and "not finite" in line and "--lr" in line and str(out) in line
+    state = state_of(out)
+    assert state["step"] < 24 and all(v.isfinite().all() for v in state["model"].values())
+
+def test_several_values_make_runs_and_compare_pools_their_seeds(few, tmp_path, capsys, drawn):
+    out = tmp_path / "out"
+    table = V.main(flags(few, SHORT, "--objective vicreg simclr --seed 0 1 --out", out))
+    runs = sorted(p for p in out.iterdir() if p.is_dir())
+    assert [p.name for p in runs] == [f"objective-{o}-seed-{s}" for o in ("simclr", "vicreg")
+                                      for s in (0, 1)]
+    assert {*table} == {"objective vicreg", "objective simclr"}
+    for objective in ("vicreg", "simclr"):
+        reports = [report_of(out / f"objective-{objective}-seed-{seed}") for seed in (0, 1)]
+        for key in ("linear", "knn", "ncc_test_class", "cdnv_class_untrained"):
+            values = [r[key] for r in reports]
+            expected = statistics.mean(values), statistics.stdev(values)
+            assert table[f"objective {objective}"][key] == pytest.approx(expected)
+    for name, content in (("bad0", "{"), ("bad1", "[]"), ("bad2", '{"script": "simclr_deepaug"}')):
+        (out / name).mkdir()
+        (out / name / "report.json").write_text(content)
+    capsys.readouterr()
+    assert V.main(["--compare", str(out), *map(str, runs)]) == table  # each run once
+    printed, (page, panels) = capsys.readouterr().out, drawn[-1]
+    assert all(f"bad{i}/report.json: left out" in printed for i in range(3))
+    assert "objective simclr" in printed and page.name == "figures.png" and len(panels) > 3
+    lines = panels["Fig. 8: NCC, test %, classes"]
+    assert {*lines} == {*table} and [x for x, *_ in lines["objective vicreg"]] == \
+        ["stem", "block1", "block2"]
+
+def test_figures_show_the_recorded_numbers_and_their_ratios(tmp_path, drawn):
+    """Of two seeds, made up: growth is over the first epoch, `ratio` semantic over random."""
+    def number(epoch, layer, target, seed):
+        return float(1 + 2 * epoch + 3 * layer + len(target) * (1 + seed) + epoch * len(target))
+    for seed in (0, 1):
+        rows = [{"epoch": e, "layer": f"block{l}", "target": t, "svm": number(e, l, t, seed),
+                 "ncc_test": 10 * number(e, l, t, seed) + e, "cdnv": number(e, l, t, 3 + seed),
+                 **({"randomness": float(t[-4:])} if "random" in t else {})}
+                for e in (0, 5) for l in (1, 2)
+                for t in ("class", "superclass", "random 1.00", "random 0.00")]
+        for r in rows:  # the two random targets' names are equally long
+            r["cdnv"] *= 1 + r.get("randomness", 0) * r["epoch"]
+        log = [{"step": 1, "epoch": 0.5, "loss": 10.0, "invariance": 8.0, "regularisation": 2.0}]
+        settings = {"seed": seed, "objective": "vicreg", "variance": 4.0}
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}/report.json").write_text(json.dumps(
+            {"script": V.NAME, "flags": settings, "probes": rows, "log": log}))
+    V.main(["--compare", str(tmp_path)])
+    panels = drawn[-1][1]
+
+    def pooled(f):
+        values = [f(*(lambda e, l, t, s=s: number(e, l, t, s + extra) for extra in (0, 3)))
+                  for s in (0, 1)]
+        return pytest.approx((statistics.mean(values), statistics.stdev(values)))
+
+    def shown(title, line, x):
+        [(panel, lines)] = [(k, v) for k, v in panels.items() if k.startswith(title)]
+        [point] = [p[1:] for p in lines[line] if p[0] == x]
+        return point
+    assert shown("Fig. 5, 7, 11: linear %, classes", "epoch 5", "block1") == pooled(
+        lambda n, _: n(5, 1, "class"))
+    assert shown("Fig. 6: linear", "superclass", 5) == pooled(lambda n, _: n(5, 2, "superclass"))
+    assert shown("Fig. 2: linear growth", "class", 5) == pooled(
+        lambda n, _: n(5, 2, "class") / n(0, 2, "class"))
+    assert shown("Fig. 6: NCC / linear", "class", 5) == pooled(
+        lambda n, _: 10 + 5 / n(5, 2, "class"))
+    assert shown("Fig. 5: super / class, grown", "epoch 5", "block1") == pooled(
+        lambda n, _: n(5, 1, "superclass") / n(5, 1, "class")
+        / n(0, 1, "superclass") * n(0, 1, "class"))
+    assert shown("Fig. 4, right", "cdnv ratio growth", 5) == pooled(lambda n, _: 1 / 6)
+    assert shown("Fig. 4, left", "epoch 0", 1.0) == pooled(lambda n, _: n(0, 2, "random 1.00"))
+    assert shown("Fig. 10", "invariance / mu", 0.5) == (2.0, 0.0)
+    assert shown("CDNV", "epoch 5", "block2") == pooled(lambda _, n: n(5, 2, "class"))
+
+# ==== kills and resumes ====
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes from a server that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vicreg_probe", "simclr_deepaug", "pytest"])
+    return context.Process
+
+@pytest.fixture(scope="module")
+def stopped(few, tmp_path_factory):
+    """(folder of the run of `done`, stopped by Ctrl-C in step 9, in the middle of an epoch; the
+    command that it printed). Its clock makes every step a minute: a checkpoint each."""
+    out, stdout, losses = tmp_path_factory.mktemp("a space") / "run", io.StringIO(), V.losses
+    calls, clock = itertools.count(1), itertools.count(0, 61)
+
+    def interrupted(*args):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return losses(*args)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
+        patch.setattr(V, "losses", interrupted)
+        patch.setattr(time, "time", lambda: next(clock))
+        with pytest.raises(SystemExit) as end:
+            V.main(flags(few, "--out", out))
+    assert end.value.code == 130 and state_of(out)["step"] == 8
+    return out, stdout.getvalue().splitlines()[-1]
+
+def test_ctrl_c_prints_the_command_that_goes_on_to_the_same_bits(stopped, done, tmp_path):
+    half = shutil.copytree(stopped[0], tmp_path / "half")
+    words = [str(half) if w == str(stopped[0]) else w for w in shlex.split(stopped[1])]
+    assert words[0] == "python"
+    report = V.main(words[2:])
+    assert_same_run(half, done)
+    assert report["linear"] == report_of(done)["linear"]
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(few, processes, tmp_path):
+    words = flags(few, "--epochs 8 --batch-size 108 --probe-epochs 1 2 3 4 5 6 7 --probes ncc")
+    V.main([*words, "--out", str(tmp_path / "straight")])
+    out, steps = tmp_path / "run", [-1]
+    words += ["--resume", "--out", str(out)]
+    for kills in range(9):
+        child = processes(target=V.main, args=(words,))
+        child.start()
+        while kills < 4 and child.is_alive():  # until there is a new checkpoint, and a little on
+            if (out / "checkpoint.pt").exists() and state_of(out)["step"] > steps[-1]:
+                time.sleep(random.uniform(0, 0.3))
+                child.kill()
+                break
+            time.sleep(0.02)
+        child.join(120)
+        steps.append(state_of(out)["step"])  # whole, whenever the kill came
+        if child.exitcode == 0:
+            break
+    assert child.exitcode == 0 and steps == sorted(steps) and len({*steps}) >= 4, steps
+    assert_same_run(out, tmp_path / "straight")
+
+def test_resuming_a_finished_run_gives_its_report(done, few, tmp_path, capsys):
+    """Changing nothing; cut short by a kill it is written again; without a checkpoint: refused."""
+    out, report = shutil.copytree(done, tmp_path / "run"), report_of(done)
+    words, before = flags(few, "--resume --out", out), state_of(out)
+    assert V.main(words) == report and same_bits(state_of(out), before)
+    (out / "report.json").write_text((out / "report.json").read_text()[:300])
+    assert V.main(words)["linear"] == report["linear"] == report_of(out)["linear"]
+    (out / "checkpoint.pt").unlink()
+    code, line = ended(words, capsys)
+    assert code == 2 and "checkpoint.pt is missing" in line
+
+@pytest.mark.parametrize("change", [
+    "--lr 0.037", "--layer 2", "--seed 5", "--epochs 20", "--no-stop-grad", "--variance 2",
+    "--sample-level 5 2 1", "--target-net none", "--objective simclr", "--probes ncc"])
+def test_resume_with_other_flags_is_refused_naming_them(few, stopped, capsys, change):
+    half = stopped[0]
+    before = (half / "checkpoint.pt").read_bytes()
+    code, line = ended(flags(few, "--resume --out", half, change), capsys)
+    name = change.split()[0].replace("--no-", "").lstrip("-").replace("-", "_")
+    assert code == 2 and name in line and (half / "checkpoint.pt").read_bytes() == before
+
+def test_damaged_foreign_and_dangerous_checkpoints_are_refused(few, stopped, tmp_path, capsys,
+                                                                monkeypatch):
+    """One line, the file is kept, none of its code runs."""
+    monkeypatch.chdir(tmp_path)
+    half = shutil.copytree(stopped[0], Path("half"))
+    file, state = half / "checkpoint.pt", state_of(half)
+    whole = file.read_bytes()
+    for content in (whole[:len(whole) // 2], b"", bytes(len(whole)), [1, 2], Trap(),
+                    {**state, "model": Trap()}, {**state, "script": "topk_rescue"}):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        before = file.read_bytes()
+        code, line = ended(flags(few, "--resume --out", half), capsys)
+        assert code == 2 and "checkpoint.pt" in line and file.read_bytes() == before
+        assert "damaged" in line or "topk_rescue" in line
+    assert not Path("sprung").exists()
+
+def test_command_lines_as_a_user_types_them(few, cli, tmp_path, done):
+    """No epochs: the untrained network is probed and exported. --out: by date and time."""
+    end = cli("vicreg_probe.py", *flags(few, "--epochs 0"))
+    assert end.returncode == 0, end.stderr
+    [out] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"vicreg_probe-\d{8}-\d{6}", out.name)
+    assert report_of(out)["step"] == 0 and (out / "encoder.pt").exists()
+    assert report_of(out)["linear"] == report_of(done)["linear_untrained"]
+    end = cli("vicreg_probe.py", "--layer", 9)
+    assert end.returncode == 2 and end.stdout == "" and end.stderr.count("\n") == 1
+
+# ==== two processes ====
+
+OBJECTIVES = ["vicreg", "simclr", "supervised"]
+
+def trained(objective, out):
+    """Losses and weights of six steps on views that the pictures decide. BatchNorm's statistics
+    are a process's own on the CPU: taken out."""
+    a = one_run(f"--batch-size 12 --epochs 2 --lr 0.05 --arch RES-1-8 --projector 16 12 --device cpu "
+                f"--objective {objective}")
+    net, (images, labels) = V.Net(a, 32, 20), V.draw_shapes(40, 0, "cpu")
+    torch.manual_seed(0)
+    for module in list(net.modules()):
+        for name, m in module.named_children():
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                setattr(module, name, nn.Identity())
+            elif hasattr(m, "weight"):
+                nn.init.normal_(m.weight, 0, m.weight[0].numel() ** -0.5)
+    views, V.views_of = V.views_of, lambda x, size, a, kind, times: torch.cat(
+        [x / 255, 1 - x.flip(3) / 255][:times])
+    out.mkdir(exist_ok=True)
+    start = {"step": 0, "seconds": 0.0, "log": []}
+    state = V.train(a, net, V.Split(32, labels, images), out, lambda epoch: None, start)
+    V.views_of = views
+    return [[v for k, v in row.items() if k in ("loss", "invariance", "regularisation")]
+            for row in state["log"]], net.state_dict()
+
+def one_of_two(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for objective in OBJECTIVES:
+        torch.save(trained(objective, folder / objective), folder / f"{objective}{rank}.pt")
+    dist.destroy_process_group()
+
+def test_two_processes_give_the_losses_and_weights_of_one(processes, tmp_path):
+    children = [processes(target=one_of_two, args=(rank, tmp_path)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    one = {name: trained(name, tmp_path / "one") for name in OBJECTIVES}
+    [child.join(120) for child in children]
+    for (objective, (losses, weights)), rank in itertools.product(one.items(), (0, 1)):
+        got = torch.load(tmp_path / f"{objective}{rank}.pt", weights_only=True)
+        assert len(losses) == 6 and losses[-1] != losses[0]
+        for ours, theirs in zip(got[0], losses, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), objective
+        for k, v in weights.items():
+            torch.testing.assert_close(got[1][k], v, rtol=1e-3, atol=1e-5)
+
+def test_torchrun_trains_end_to_end_and_one_process_probes_and_writes(few, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               V.__file__, *flags(few, "--epochs 1 --batch-size 108 --out run")]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert done.stdout.count("pictures of folder") == 1
+    report = report_of(tmp_path / "run")
+    assert report["step"] == 2 and "linear" in report and len(by_key(report["probes"])) == 32
+    assert torch.jit.load(tmp_path / "run/encoder.pt")(torch.rand(3, 3, 16, 16)).shape == (3, 8)
+
+# ==== other data ====
+
+def flat_folder(few, to):
+    to.mkdir()
+    for i, file in enumerate(sorted(few.rglob("*.png"))[::5]):
+        shutil.copy(file, to / f"{i}.png")
+    return to
+
+def test_a_folder_without_labels_is_probed_for_samples_and_information(few, tmp_path):
+    words = flags(flat_folder(few, tmp_path / "flat"), "--batch-size 16 --out", tmp_path / "run")
+    report = V.main(words)
+    assert {r["target"] for r in report["probes"]} == {"sample", "information"}
+    assert {"svm_sample", "ncc_test_sample_untrained", "bits_information"} <= {*report}
+    assert "linear" not in report and "svm_class" not in report and report["step"] == 4
+
+def test_streamed_pictures_give_what_pictures_in_memory_give(few, done, tmp_path, monkeypatch):
+    def streamed(a, read=V.load_folder):
+        *splits, classes = read(a)
+        for split in splits:
+            split.images = None
+        return *splits, classes
+    monkeypatch.setattr(V, "load_folder", streamed)
+    V.main(flags(few, "--out", tmp_path / "run"))
+    assert_same_run(tmp_path / "run", done)
+
+@pytest.fixture(scope="module")
+def food(few, tmp_path_factory):
+    """A small Food-101 as torchvision lays it out, pictures wider than high."""
+    root = tmp_path_factory.mktemp("food")
+    files = {f"class{c}": sorted((few / f"class{c}").glob("*.png")) for c in range(3)}
+    for part, chosen in (("train", slice(0, 16)), ("test", slice(16, 24))):
+        names = {c: [f"{c}/{f.stem}" for f in found[chosen]] for c, found in files.items()}
+        (root / "food-101/meta").mkdir(parents=True, exist_ok=True)
+        (root / f"food-101/meta/{part}.json").write_text(json.dumps(names))
+        for c, found in files.items():
+            (root / "food-101/images" / c).mkdir(parents=True, exist_ok=True)
+            for f in found[chosen]:
+                picture = Image.open(f).convert("RGB").resize((60, 40))
+                picture.save(root / "food-101/images" / c / f"{f.stem}.jpg")
+    return root
+
+def test_a_data_set_of_torchvision_is_read_by_its_name(food, tmp_path):
+    a = one_run(flags(food, "--dataset Food101"))
+    train, test, classes = V.load_torchvision("Food101", a)
+    assert classes == ["class0", "class1", "class2"] and train.size == 16
+    assert train.labels.tolist() == [c for c in range(3) for _ in range(16)] and len(test) == 24
+    picture = Image.open(food / "food-101/images/class1/00.jpg")
+    whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    side = train.images.shape[-1]
+    expected = T.center_crop(T.resize(whole, [side], antialias=True), [side, side])
+    assert train.images.dtype == torch.uint8 and torch.equal(train.images[16], expected)
+    report = V.main(flags(food, "--dataset Food101 --batch-size 16 --out", tmp_path / "run"))
+    assert report["step"] == 6 and math.isfinite(report["linear"])
+
+# ==== bad input ====
+
+@pytest.mark.parametrize("words, says", [
+    ("--layer 5", "--layer RES-2-8 -1 4 all"), ("--layer -2", "--layer"), ("--layer 1 none+2", "none+2"),
+    ("--layer block1", "--layer"), ("--layer 4 --arch RES-1-8", "--layer RES-1-8"),
+    ("--layer 11 --arch resnet18", "--layer resnet18 10"), ("--arch RES-0-8", "RES-0-8 RES-5-250"),
+    ("--arch RES-1-0", "RES-1-0"), ("--arch RES-1", "RES-1"), ("--arch resnet50", "resnet50 resnet18"),
+    ("--target-net resnet50", "resnet50"), ("--target-epochs 0", "--target-epochs"),
+    ("--target-net vit --image-size 18", "--target-net vit 18 --image-size"),
+    ("--target-stages 1", "--target-stages"), ("--sample-level 1 5 5", "--sample-level"),
+    ("--sample-level 5 0 5", "--sample-level"), ("--sample-level 5 5 0", "--sample-level"),
+    ("--sample-level -3 5 5", "--sample-level"), ("--sample-level 5 5", "--sample-level"),
+    ("--sample-level 217 2 1", "216 --sample-level"), ("--batch-size 217", "216 --batch-size"),
+    ("--batch-size 1", "--batch-size"), ("--probe-epochs 0 -1", "--probe-epochs"),
+    ("--probe-images 3", "--probe-images 10"), ("--probes tree", "--probes logistic"),
+    ("--mine-steps -1", "--mine-steps"), ("--projector 0 16", "--projector"),
+    ("--projector 16", "--projector"), ("--rate 1", "--rate 0.999"), ("--rate half", "half"),
+    ("--sample 0", "--sample"), ("--invariance -1", "--invariance"), ("--variance -1", "--variance"),
+    ("--covariance nan", "--covariance"), ("--temperature 0", "--temperature"),
+    ("--objective byol", "--objective supervised"), ("--epochs -1", "--epochs"), ("--lr nan", "--lr"),
+    ("--clip 0", "--clip"), ("--crop-min 0", "--crop-min"), ("--blur 1.5", "--blur"),
+    ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
+    ("--learning-speed 3", "--learning-speed --help"), ("--data-dir nowhere", "nowhere no such folder"),
+    ("--data-dir empty", "empty"), ("--data-dir text", "text"),
+    ("--data-dir flat --objective supervised --batch-size 8", "--objective labels"),
+    ("--data-dir flat --sample-level 0 0 0 --batch-size 8", "labels --sample-level"),
+    ("--dataset cifar100 --data-dir half", "cifar100 half cannot be downloaded"),
+    ("--dataset Food101 --data-dir empty", "Food101 empty"), ("--dataset Mood101", "Mood101"),
+    ("--resume", "--resume --out"), ("--out text", "text --resume"), ("--out text --resume", "text"),
+    ("--out text/a.txt", "a.txt"), ("--compare nowhere", "no finished run"),
+    ("--encoder nowhere.pt", "nowhere.pt missing"), ("--encoder text/a.txt", "text/a.txt"),
+    ("--encoder half/cut.pt", "cut.pt"), ("--encoder half/trap.pt", "trap.pt"),
+    ("--encoder half/sentences.pt", "sentences.pt pictures"),
+    ("--encoder half/mine.pt --resume --out run", "--encoder --resume"),
+    ("--encoder half/mine.pt --sample-level 217 1 1", "216 --sample-level")])
+def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, monkeypatch, few, words,
+                                                      says):
+    """Exit code 2, no new file, no change to what is there; refused() looks. None of a trap's code
+    runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "text", "half/cifar-100-python"):
+        Path(name).mkdir(parents=True)
+    Path("text/a.txt").write_text("no picture")
+    for name in ("train", "test", "meta"):
+        Path(f"half/cifar-100-python/{name}").write_bytes(b"\x80\x04half")
+    Path("few").symlink_to(few)
+    if "flat" in words:
+        flat_folder(few, Path("flat"))
+    if "--encoder half" in words:
+        write_encoder("half/mine.pt")
+        sentences = {k: v for k, v in CONFIG.items() if k != "image_size"}
+        write_encoder("half/sentences.pt", {**sentences, "script": "simcse_deepaug"})
+        Path("half/cut.pt").write_bytes(Path("half/mine.pt").read_bytes()[:-200])
+        torch.save({"model": Trap()}, "half/trap.pt")
+    line = refused([*flags("few", SHORT, "--batch-size 36 --sample-level 6 4 2"), *words.split()])
+    for part in says.split():
+        assert part in line
+
+@pytest.mark.parametrize("words, says", [("--batch-size 37", "--batch-size 2"),
+                                         ("--encoder x.pt", "--encoder torchrun")])
+def test_what_two_processes_cannot_do(refused, monkeypatch, tmp_path, few, words, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    line = refused([*flags(few), *words.split()])
+    assert all(part in line for part in says.split())
+
+def test_flags_that_need_others(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--data-dir" in refused(["--dataset", "folder"])
+    if not torch.cuda.is_available():
+        assert "--device cuda" in refused(["--device", "cuda"])
