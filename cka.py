@@ -210,7 +210,7 @@ class Encoder:
         """Of each picture a view as this run drew the first (0) or second (1) to train on."""
         f = {"views": "simclr", "crop_min": 0.2, "jitter": [0.4, 0.4, 0.4, 0.1], "blur": 0,
              "solarize": 0, **self.flags}
-        check(f["views"] != "none", f"{self.run} was trained without views")
+        check(f["views"] in "simclr crop", f"{self.run}: trained without views")
         recipe = [v2.RandomResizedCrop(self.size, (f["crop_min"], 1)), v2.RandomHorizontalFlip()]
         if f["views"] == "simclr":
             blur, solarize = (np.resize(f[k], 2)[which] for k in ("blur", "solarize"))

@@ -15,21 +15,21 @@ no two dimensions say the same (covariance c); without the last two all would be
 
 No label is used. So what does each layer know, and when does it learn it? Training writes an
 encoder at chosen epochs; probing reads encoders, these or anybody's, and asks every layer for
-labels: which picture is this a view of (sample)? which class? which superclass? which class says
-another network, from untrained (random) to trained?
+labels: which picture is this a view of (sample)? which class? superclass? what does another
+network say, from untrained (random) to trained?
 
     svm     accuracy of a linear SVM, fitted on training pictures, on test pictures, in %
     ncc     of the nearest class centre, argmin_c |x - mu_c|, mu_c the mean of class c
     cdnv    (Var_i + Var_j) / (2 |mu_i - mu_j|^2), mean over pairs of classes: 0 if points
     bits    of information about the picture in the representation, estimated by MINE
 
-    python vicreg_probe.py                                the lesson: before, after, all layers
-    python vicreg_probe.py --objective vicreg simclr      two runs, side by side
-    python vicreg_probe.py --layer 3 --no-stop-grad       with Deep Augmentation at block 3
-    python vicreg_probe.py --preset paper                 the paper's setting, for a GPU
-    python vicreg_probe.py --encoder RUN/encoder-*.pt --target-net vit     other probes, later
+    python vicreg_probe.py                             the lesson: before, after, all layers
+    python vicreg_probe.py --objective vicreg simclr   two runs, side by side
+    python vicreg_probe.py --layer 3 --no-stop-grad    with Deep Augmentation at block 3
+    python vicreg_probe.py --preset paper              the paper's setting, for a GPU
+    python vicreg_probe.py --encoder runs/a/encoder-*.pt --target-net vit   other probes, later
 
-@@EXPECT@@
+SVM on the last block, three seeds: 00.0 -> 00.0 ± 0.0 % of 20 classes, samples 00.0 -> 00.0.
 """
 import argparse
 import copy
@@ -68,10 +68,10 @@ from tqdm import tqdm
 NAME = "vicreg_probe"
 LEVELS = ["sample", "class", "superclass"]
 MEASURES = "svm logistic knn ncc_train ncc_test cdnv variance distance bits".split()
-# the superclass of each class: the shapes' families, CIFAR-100's coarse labels
+# of each class: the shapes' families, CIFAR-100's coarse labels
 SUPERCLASSES = {"shapes": "aaaabbbbccccddddeeee", "cifar100": "eboiaghhsddojshldjhlglfkhgnpdpalbk"
                 "moqjlfftiipnorskqerecaresrkdcmmqmbjtckabqmjnpnqtcegtffitsbcpgarion"}
-IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # App. A.1: mean, std
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean, std
 JITTER = (0.4, 0.4, 0.2, 0.1)  # App. A.1
 
 # ==== 1 Settings ====
@@ -83,7 +83,7 @@ PAPER = dict(dataset="cifar100", arch=["RES-5-250"], projector=[2048, 2048], epo
              target_net="resnet18", target_epochs=30, mine_steps=1000)
 # flags of which each value makes a run
 RUNS = ["objective", "views", "arch", "variance", "layer", "seed"]
-# flags that say where and how a run computes, not what: --resume may change them
+# where and how a run computes, not what: --resume may change them
 HOW = set("out resume device data_dir workers compile preset compare".split())
 
 # --- the same in simclr, simcse, vicreg, topk, cka ---
@@ -140,7 +140,6 @@ def settings(argv=None):
     add("--invariance", type=within(0, 1e9), default=25.0, help="lambda of Eq. 1")
     add("--variance", type=within(0, 1e9), nargs="+", default=[25.0], help="mu")
     add("--covariance", type=within(0, 1e9), default=1.0, help="nu")
-    add("--temperature", type=positive, default=0.5, help="of SimCLR's loss")
     add = p.add_argument_group("training").add_argument
     add("--preset", choices=["paper"], help="other defaults: the paper's")
     add("--epochs", type=count, default=20, help="0: untrained")
@@ -162,14 +161,14 @@ def settings(argv=None):
     add("--target-net", default="RES-2-24", help="makes targets: RES-L-H, resnet18, vit; none")
     add("--target-epochs", type=within(1, 10 ** 6, int), default=6, help="its training")
     add("--target-stages", type=within(2, 1000, int), default=6, help="from untrained to trained")
-    add("--balance-targets", action="store_true", help="standardise its logits before the argmax")
+    add("--balance-targets", action="store_true", help="standardise logits before argmax")
     add("--mine-steps", type=count, default=300, help="training of MINE; 0: no bits")
     add("--mine-side", type=within(1, 1000, int), default=8, help="of the pictures it sees")
     add = p.add_argument_group("run").add_argument
     add("--out", help=f"folder; default: runs/{NAME}-DATE-TIME")
     add("--resume", action="store_true", help="go on from --out's checkpoint")
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    add("--compile", action=yes_no, help="default: on CUDA, where Triton is installed")
+    add("--compile", action=yes_no, help="default: on CUDA with Triton, from 2,000 steps")
     add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="to read pictures")
     add("--compare", nargs="+", metavar="RUN", help="only compare")
     a = p.parse_args(argv)
@@ -182,8 +181,6 @@ def settings(argv=None):
         targets_of(*pair)
     a.dataset = a.dataset or ("folder" if a.data_dir else "" if a.encoder else "shapes")
     world, (pictures, *views) = int(os.environ.get("WORLD_SIZE", "1")), a.sample_level
-    if a.compile is None:
-        a.compile = a.device == "cuda" and bool(find_spec("triton"))
     check(cuda or a.device == "cpu", "--device cuda: there is none here")
     check(a.dataset != "folder" or a.data_dir, "--dataset folder needs --data-dir")
     check(a.out or not a.resume, "--resume needs --out")
@@ -234,40 +231,38 @@ def fit_svm(x, y, classes, c=1.0, iterations=300):
 
         |w|^2 / 2 + c sum_i max(0, 1 - s_i <w, (x_i, 1)>)^2,    s_i = 1: its own, -1: others
 
-    by full-batch L-BFGS in coordinates in which the Hessian would be the identity, were all
-    pictures within the margin: ten to a hundred steps do, whatever the features' scales."""
+    by accelerated gradient descent with restarts (O'Donoghue & Candes 2015), in coordinates in
+    which the Hessian is at most the identity: so the step is 1, whatever the features' scales."""
     x, own = F.pad(x, (0, 1), value=1), y.view(len(y), -1)
     # float64: float32's rounding could exceed the identity
     gram = sum(part.T.double() @ part.double() for part in x.split(8192))
     eye = torch.eye(len(gram), dtype=gram.dtype, device=x.device)
     factor = torch.linalg.cholesky(eye + 2 * c * gram)
-    start = c * len(x) * classes  # the objective at w = 0: all is counted as its share
-    scale = torch.linalg.solve_triangular(factor, start ** 0.5 * eye, upper=False).T.float()
+    scale = torch.linalg.solve_triangular(factor, eye, upper=False).T.float()
     xs = x @ scale  # w = scale v, so x w = xs v
-    v = torch.zeros(xs.shape[1], classes, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([v], max_iter=iterations, history_size=10, tolerance_grad=0,
-                               tolerance_change=1e-9, line_search_fn="strong_wolfe")
-
-    @torch.no_grad()  # the gradient by hand: autograd would keep every product
-    def objective():
-        margin = xs @ v  # [N, classes]
+    v = u = torch.zeros(xs.shape[1], classes, device=x.device)
+    t, first = torch.ones(classes, device=x.device), None
+    for i in range(iterations):
+        margin = xs @ u  # [N, classes]
         mine = 1 - margin.gather(1, own)
-        margin.add_(1).scatter_(1, own, mine).clamp_(min=0)  # max(0, 1 - s <w, x>)
-        w = scale @ v
-        value = w.square().sum() / 2 + c * margin.square().sum()
-        margin.scatter_(1, own, -mine.clamp(min=0))  # times -s: the derivative's sign
-        v.grad = (scale.T @ w + 2 * c * (xs.T @ margin)) / start
-        return value / start
-    solver.step(objective)
-    return scale @ v.detach()
+        margin.add_(1).scatter_(1, own, -mine).clamp_(min=0)
+        margin.scatter_(1, own, -mine.clamp(min=0))  # -s max(0, 1 - s <w, x>)
+        gradient = scale.T @ (scale @ u) + 2 * c * (xs.T @ margin)
+        new = u - gradient
+        t = torch.where((gradient * (new - v)).sum(0) > 0, 1.0, t)
+        following = (1 + (1 + 4 * t * t).sqrt()) / 2
+        u, v, t = new + (t - 1) / following * (new - v), new, following
+        first = gradient.norm() if first is None else first
+        if i % 10 == 9 and gradient.norm() <= 3e-6 * first:  # asking makes the GPU wait
+            break
+    return scale @ v
 
 @torch.no_grad()
 def clustering(x, y, x_test, y_test, classes):
-    """Do the classes form clusters (Section 2.2)? Features x [N, D], labels y [N], and of test
-    pictures. ncc_train, ncc_test: accuracy in % of the nearest class centre. Of training pictures:
-    variance, Var_i, the mean squared distance of a class's features to their mean, over classes;
-    distance, |mu_i - mu_j|^2, and cdnv, (Var_i + Var_j) / (2 |mu_i - mu_j|^2), over pairs i != j
-    of classes with two pictures or more. None: where it is not finite."""
+    """Do the classes form clusters (Section 2.2)? Features x [N, D], labels y [N]. ncc_train,
+    ncc_test: accuracy in % of the nearest class centre. Of training pictures, means over classes
+    with two or more: variance, Var_i = mean |x - mu_i|^2; over pairs i != j of them: distance,
+    |mu_i - mu_j|^2, and cdnv, (Var_i + Var_j) / (2 |mu_i - mu_j|^2). None: not finite."""
     centre = x.mean(0)
     x, x_test = x - centre, x_test - centre  # distances stay, rounding shrinks
     def sums(values):  # over each class, [N, k] -> [classes, k]; index_add_ varies on CUDA
@@ -292,8 +287,8 @@ def clustering(x, y, x_test, y_test, classes):
             **{k: v if math.isfinite(v) else None for k, v in spread.items()}}
 
 def mutual_information(x, z, steps, seed=0, runs=5):
-    """MINE (Belghazi et al. 2018): [runs] lower bounds, in bits, of the information between x
-    [N, Dx] and z [N, Dz], one for each initialisation of a network T of two hidden layers,
+    """MINE (Belghazi et al. 2018): lower bounds, in bits, of the information between x [N, Dx] and
+    z [N, Dz], one for each of `runs` initialisations of a network T of two hidden layers,
 
         I(X; Z) >= E over pairs of T(x, z) - log E over shuffled pairs of exp T(x, z),
 
@@ -352,7 +347,7 @@ def backbone(arch, size):
     if arch == "resnet18":
         r = torchvision.models.resnet18()
         conv1, pool = r.conv1, r.maxpool
-        if size < 64:  # as is usual for CIFAR: 3x3 stem, no maxpool
+        if size < 64:  # 3x3 stem, no maxpool
             conv1, pool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         stem = nn.Sequential(OrderedDict(conv1=conv1, bn1=r.bn1, relu=nn.ReLU(), pool=pool))
         blocks, width = [*r.layer1, *r.layer2, *r.layer3, *r.layer4], 512
@@ -372,7 +367,7 @@ class Net(nn.Module):
     """Layers -1 input, 0 stem, 1 to B blocks, B + 1 average pool, B + 2 head, with Deep
     Augmentation between. forward(images [V * B, 3, S, S] in 0..1, rows bool [V * B]) -> [V * B, d]:
     V = 2 views pass one after the other, each with its own BatchNorm statistics (main_vicreg.py),
-    d of the two-layer projector (no last bias, as there); supervised: V = 1, class logits."""
+    d of a two-layer projector; supervised: V = 1, class logits."""
     def __init__(self, a, size, classes):
         super().__init__()
         stem, blocks, self.dim = backbone(a.arch, size)
@@ -714,8 +709,8 @@ def load_torchvision(name, a):
             pictures = getattr(torchvision.datasets, name)(
                 root, split=split, transform=square, download=not dist.is_initialized())
         except Exception as e:
-            raise BadInput(f"--dataset {name}: torchvision has none like it, or not in {root} and "
-                           f"no download: {str(e).splitlines()[-1]}") from None
+            raise BadInput(f"--dataset {name}: none of torchvision's, or not in {root} and no "
+                           f"download: {str(e).splitlines()[-1]}") from None
         loader = torch.utils.data.DataLoader(pictures, 256, num_workers=a.workers)
         images, labels = map(torch.cat, zip(*tqdm(loader, f"reading {split}", leave=False)))
         splits.append(Split(size, labels.to(a.device), images.to(a.device)))
@@ -760,7 +755,8 @@ def load_checkpoint(path, flags):
 
 def losses(a, z, labels):
     """{"loss"} of the head's output for the whole batch; of two views also its parts as Figure 3
-    (left) follows them: loss = invariance + regularisation."""
+    (left) follows them, loss = invariance + regularisation, and embedding_std, of the normalised
+    embeddings times sqrt(d): 1 spread evenly, 0 collapsed."""
     if a.objective == "supervised":
         return {"loss": F.cross_entropy(gather(z), gather(labels))}
     z1, z2 = map(gather, z.chunk(2))
@@ -768,19 +764,21 @@ def losses(a, z, labels):
         s, v, c = vicreg(z1, z2)
         first, second = a.invariance * s, a.variance * v + a.covariance * c
         loss = first + second
-    else:  # Section 2.1: minus the similarity of pairs over T, and the log of the sum
-        loss = nt_xent(z1, z2, a.temperature)
-        first = -F.cosine_similarity(z1, z2).mean() / a.temperature
+    else:  # Section 2.1: minus the pairs' similarity over T = .5, log of the sum
+        loss = nt_xent(z1, z2, 0.5)
+        first = -F.cosine_similarity(z1, z2).mean() / 0.5
         second = loss - first
-    return {"loss": loss, "invariance": first, "regularisation": second}
+    std = F.normalize(z1.detach()).std(0).mean() * z.shape[1] ** 0.5
+    return {"loss": loss, "invariance": first, "regularisation": second, "embedding_std": std}
 
 def train(a, net, split, out, measure, state):
     """Train from the start, or on from a checkpoint's `state`; returns the last one. Every step
-    reseeds, so no random state is saved, and measure(epoch), which exports `net` and probes the
-    file, changes nothing."""
+    reseeds: no random state is saved, and measure(epoch), which probes, changes nothing."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = len(split) // a.batch_size
     total, weights = a.epochs * steps, list(net.parameters())
+    if a.compile is None:  # it takes 20 seconds
+        a.compile = a.device == "cuda" and total >= 2000 and bool(find_spec("triton"))
     optimizer = torch.optim.SGD(weights, a.lr, 0.9, weight_decay=a.weight_decay, fused=True)
 
     def keep(step):
@@ -799,9 +797,13 @@ def train(a, net, split, out, measure, state):
         if a.device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = nn.parallel.DistributedDataParallel(model)
-    if a.compile:
+    def forward(views, rows, labels):
+        with torch.autocast(a.device, torch.bfloat16, enabled=a.device == "cuda"):
+            z = model(views, rows)  # [V * B, d]
+        return losses(a, z.float(), labels)
+    if a.compile and world == 1:  # with CUDA graphs: launches cost more than work
         torch.compiler.reset()
-        model = torch.compile(model)
+        forward = torch.compile(forward, mode="reduce-overhead")
     bar = {} if sys.stderr.isatty() else {"mininterval": 10, "bar_format": "{l_bar}{r_bar}\n"}
     bar = tqdm(total=total * a.batch_size, initial=state["step"] * a.batch_size, unit="images",
                unit_scale=True, disable=rank > 0, **bar)
@@ -813,12 +815,9 @@ def train(a, net, split, out, measure, state):
         torch.manual_seed(hash((a.seed, step, rank)))  # this step's views, rows, dropout
         views = views_of(images, split.size, a, a.views, net.views)  # [V * B, 3, S, S]
         rows = torch.rand(len(views), device=a.device) < a.sample
-        with torch.autocast(a.device, torch.bfloat16, enabled=a.device == "cuda"):
-            z = model(views, rows)  # [V * B, d]
         # each process has the whole batch's loss, with the gradient for its own rows; `world`
         # makes up for DistributedDataParallel's mean
-        z = z.float()
-        loss = losses(a, z, labels)
+        loss = forward(views, rows, labels)
         optimizer.zero_grad()
         (world * loss["loss"]).backward()
         nn.utils.clip_grad_norm_(weights, a.clip)  # or .1 is too much for a wide projector
@@ -837,8 +836,7 @@ def train(a, net, split, out, measure, state):
         seconds = time.time() - begun
         state["seconds"] += seconds
         row = {"step": step, "epoch": step / steps, **dict(zip(loss, values)), "lr": lr,
-               "images_per_second": a.batch_size * len(terms) / seconds,
-               "embedding_std": F.normalize(z.detach()).std(0).mean().item() * z.shape[1] ** 0.5}
+               "images_per_second": a.batch_size * len(terms) / seconds}
         state["log"].append(row)
         bar.set_postfix(loss=row["loss"], refresh=False)
         if probing and rank == 0:
@@ -950,13 +948,14 @@ def random_targets(a, data):
     return targets
 
 def load_encoder(path, device):
-    """encoder.pt of any of the scripts -> (f: images -> {layer: output}, its config.json)."""
+    """encoder.pt of any script -> (f: images -> {layer: output}, its config.json)."""
     extra = {"config.json": ""}
     try:
         with warnings.catch_warnings():  # deprecated, but works
             warnings.filterwarnings("ignore", message=".*torch.jit.load")
             layers = torch.jit.load(path, device, extra).eval().activations
-        config = json.loads(extra["config.json"])
+        config = {"dataset": "", "flags": {"data_dir": None}, "measurements": {},
+                  **json.loads(extra["config.json"])}
         names, *_ = config["layers"], config["layer_numbers"], config["image_size"]
     except Exception:  # of many kinds
         raise BadInput(f"{path} is missing, or no run's encoder.pt of pictures") from None
@@ -982,8 +981,8 @@ def percent(equal):
     return 100 * equal.float().mean().item()
 
 def measures(x, x_test, tasks, a, kept):
-    """Rows of one layer's features x [N, D] and of test pictures, one for each task: ({"target",
-    "classes", ...}, labels [N], test labels). kept: it is the representation."""
+    """A row for each task ({"target", "classes", ...}, labels [N], test labels) from one layer's
+    features x [N, D] and those of test pictures. kept: it is the representation."""
     sizes = [row["classes"] for row, *_ in tasks]
     if "svm" in a.probes:  # one fit for all tasks, their classes side by side
         starts = itertools.accumulate([0, *sizes])
@@ -1006,8 +1005,8 @@ def measures(x, x_test, tasks, a, kept):
 
 def plane(x, y):
     """Figure 1's map of one level: five classes' features [n, D] on their two principal axes."""
-    five = torch.randperm(int(y.max()) + 1, generator=torch.Generator().manual_seed(0))[:5]
-    chosen = torch.isin(y, five.to(y.device)).nonzero()[:500, 0]
+    five = torch.randperm(len(y.unique()), generator=torch.Generator().manual_seed(0))[:5]
+    chosen = torch.isin(y, y.unique()[five.to(y.device)]).nonzero()[:500, 0]
     x, y = x[chosen].double(), y[chosen]
     x = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T
     return {"x": x[:, 0].tolist(), "y": x[:, -1].tolist(), "label": y.tolist()}
@@ -1019,7 +1018,7 @@ def probe(file, data, targets, a):
     number, size = config["layer_numbers"], train_split.size
     end = number.get("avgpool", number.get("cls", max(number.values())))
     names = [n for n in config["layers"] if a.all_layers or number.get(n, end) < end]
-    kept, epoch = names[-1], config["measurements"].get("epoch", 0)  # kept: the representation
+    kept, epoch = names[-1], config["measurements"].get("epoch", 0)  # the representation
     groups, rows = [], []  # groups: features {layer: [N, D]} of training, of test pictures; tasks
     def pictures(split, limit):
         batches = split.batches(torch.arange(len(split))[:limit], 512)
@@ -1034,8 +1033,7 @@ def probe(file, data, targets, a):
         samples = torch.cat([x for x, _ in train_split.batches(chosen, 512)])
         (x, y), (x_test, y_test) = (layer_features(activations, names, sample_views(*part))
                                     for part in enumerate(a.sample_level[1:]))
-        tasks = [({"target": "sample", "classes": len(samples)}, y, y_test)]
-        groups.append((x, x_test, tasks))
+        groups.append((x, x_test, [({"target": "sample", "classes": len(samples)}, y, y_test)]))
     if classes or a.mine_steps:
         x, y = pictures(train_split, a.probe_images)
         x_test, y_test = pictures(test_split, None)
@@ -1118,8 +1116,8 @@ def draw(path, panels):
 # --- end ---
 
 def derived(report):
-    """The rows of one run with what the figures draw: `linear`, ratios, growth (a measure over its
-    value at the first epoch); last, kept: is it of the last epoch, the representation?"""
+    """The rows of one run with what figures draw: linear, ratios, growth (over the first epoch's
+    value), last and kept: of the last epoch, of the representation."""
     rows, flags = report["probes"], report["flags"]
     at = {(r["epoch"], r["layer"], r["target"]): r for r in rows}
     probed = [r for r in rows if r["target"] in LEVELS]
@@ -1163,11 +1161,11 @@ FIGURES = [  # title, x, ys, what lines are, which target
       ((6, ""), (2, " growth")) for y in ("ncc_train", "NCC / linear", "linear")),
     ("Fig. 3, left: the loss", "epoch", ["invariance", "regularisation"], "", "loss"),
     ("Fig. 10: over mu", "epoch", ["invariance / mu", "regularisation / mu"], "", "loss"),
-    ("Fig. 3, middle: information, bits", "epoch", ["bits"], "", "information"),
+    ("Fig. 3, middle: bits", "epoch", ["bits"], "", "information"),
     ("Fig. 3, right: NCC %, classes", "epoch", ["ncc_train", "ncc_test"], "", "class"),
     ("Fig. 4, left, 11, 12: linear %", "randomness", ["linear"], "epoch", ""),
     ("Fig. 4, middle, 11, 12: linear %", "randomness", ["linear"], "layer", ""),
-    ("Fig. 4, right: semantic / random, over first", "epoch", RATIOS, "", "random 0.00"),
+    ("Fig. 4, right: semantic / random", "epoch", RATIOS, "", "random 0.00"),
     ("the targets: true %, commonest %", "randomness", ["agreement", "majority"], "", ""),
     ("Fig. 5, 7, 11: linear %, classes", "layer", ["linear"], "epoch", "class"),
     ("Fig. 5, 7, 11: linear %, superclasses", "layer", ["linear"], "epoch", "superclass"),
@@ -1201,15 +1199,15 @@ def draw_maps(path, rows):
     figure.savefig(path, dpi=110)
 
 def compare(folders):
-    """Tables and figures.png of the finished runs in these folders, seeds pooled. Returns {what
-    tells runs apart: {measurement: (mean, std; 0 of one seed)}}."""
+    """Tables and figures.png of the finished runs in these folders, seeds pooled: {what tells runs
+    apart: {measurement: (mean, std; 0 of one seed)}}."""
     runs, groups, rows = {}, {}, []
     for file in (f for folder in folders for f in sorted(folder.glob("**/report.json"))):
         try:
             r = json.loads(file.read_text())
             flags = {k: v for k, v in r["flags"].items() if k not in HOW - {"data_dir"}}
-            check(r["script"] == NAME and r["probes"], "another script's")
-            runs[str(flags)] = flags, r  # each run once
+            check(r["script"] == NAME and r["probes"], "")
+            runs[str(flags)] = flags, r
         except Exception:
             print(f"{file}: left out, no finished run of this script")
     check(runs, "no finished run there")
@@ -1249,20 +1247,21 @@ def run(a, out, data):
     if report_file.exists() or file.exists():  # with --resume only
         state = load_checkpoint(file, state["flags"])
         with suppress(OSError, ValueError):
-            return json.loads(report_file.read_text())  # it is finished
+            return json.loads(report_file.read_text())
     if chief:
+        if "targets" not in state:  # kept: CUDA would make others later
+            state["targets"] = random_targets(a, data)
         out.mkdir(parents=True, exist_ok=True)
         config = {**vars(a), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
         (out / "config.json").write_text(json.dumps(config))
         print(f"{out}: {len(train_split)} pictures of {a.dataset}")
-        if "targets" not in state:  # kept, for CUDA would make others the second time
-            state["targets"] = random_targets(a, data)
     def measure(epoch):
         encoder = out / f"encoder-{epoch}.pt"
         state["export_difference"] = export(a, net, test_split, classes, encoder, {"epoch": epoch})
         state["probes"] += probe(encoder, data, state["targets"], a)
     for encoder in a.encoder:
         state["probes"] += probe(encoder, data, state["targets"], a)
+    state["probes"].sort(key=lambda row: row["epoch"])  # a shell puts encoder-20.pt before -6.pt
     if not a.encoder:
         torch.manual_seed(a.seed)
         net = Net(a, train_split.size, len(classes)).to(a.device, memory_format=torch.channels_last)
@@ -1294,16 +1293,16 @@ def run(a, out, data):
     return json.loads(report_file.read_text())
 
 def main(argv=None):
-    """Run a command line (default: the program's): one run's report, or several's table."""
+    """Run a command line: one run's report, or several's table."""
     words, out = list(sys.argv[1:] if argv is None else argv), None
     try:
         a = settings(words)
         if a.compare:
             return compare([Path(f) for f in a.compare])
-        if "RANK" in os.environ:  # started by torchrun
+        if "RANK" in os.environ:
             if a.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(timeout=timedelta(hours=12))  # for the probes
+            dist.init_process_group(timeout=timedelta(hours=12))
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(a.deterministic)
         torch.backends.cudnn.benchmark = not a.deterministic
@@ -1329,8 +1328,8 @@ def main(argv=None):
         data = (load_data if ours else load_torchvision)(a.dataset, a)
         count, classes = len(data[0]), data[2]
         check(count >= max(a.sample_level[0], 10, 0 if a.encoder else a.batch_size),
-              f"{count} pictures to train on are too few: see --batch-size, --sample-level")
-        check(classes or a.sample_level[0], "no labels, and --sample-level 0: nothing to probe")
+              f"{count} pictures are too few: see --batch-size, --sample-level")
+        check(classes or a.sample_level[0], "no labels, no --sample-level: nothing to probe")
         check(classes or "supervised" not in a.objective, "--objective supervised needs labels")
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief else {}
@@ -1339,7 +1338,8 @@ def main(argv=None):
         print(f"{NAME}.py: error: {str(e).splitlines()[-1]}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        again = shlex.join([sys.argv[0], *words, *["--out", str(out)] * bool(out), "--resume"])
+        more = ["--out", str(out), "--resume"] if out and "--encoder" not in words else []
+        again = shlex.join([sys.argv[0], *words, *more])
         print(f"\nstopped; to go on:\npython {again}")
         raise SystemExit(130) from None
     finally:

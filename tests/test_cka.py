@@ -369,7 +369,7 @@ def test_a_folder_of_pictures(runs):
     ("damaged/encoder.pt", "samples"), ("plain/encoder.pt --classes", "two classes or more"),
     ("few/encoder.pt", "4 or more"), ("nan/encoder.pt", "not finite: layers [6] of a"),
     ("nan/encoder.pt a/encoder.pt --exact", "not finite: layer 6"),
-    ("still/encoder.pt --augment", "still was trained without views"),
+    ("still/encoder.pt --augment", "still: trained without views"),
     ("a/encoder.pt --out nowhere/x", "nowhere/x.png"),
     ("a/encoder.pt --images 3", "4 at least"), ("a/encoder.pt --batch-size 2", "4 at least"),
     ("a/encoder.pt --dataset cifar10 --data-dir a", "cifar10"),

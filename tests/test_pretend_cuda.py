@@ -4,6 +4,7 @@ tests/gpu is the real test. What can be known without a device is: every tensor 
 raises), nothing reads a value or copies from unpinned memory in a step (both wait for the GPU), autocast gives bfloat16
 activations and a float32 loss. Backward does not run: autograd wants a driver before it starts.
 """
+import argparse
 import contextlib
 from unittest import mock
 
@@ -146,13 +147,18 @@ def test_simclr(pretend, flags, tmp_path):
     assert set(dtypes) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("flags", ["--layer 2", "--objective simclr --arch resnet18", "--objective supervised"])
+@pytest.mark.parametrize("flags", ["--layer 2 --blur 0.5", "--objective simclr --arch resnet18",
+                                   "--objective supervised --views none"])
 def test_vicreg(pretend, flags, tmp_path):
-    a = V.settings([*flags.split(), "--batch-size", "32", "--log-every", "1000", "--epochs", "9"])
-    split = pictures(V)
-    net = V.build(a, 32, list(range(20)), CUDA)
-    dtypes = outputs_of(net)
-    three_steps(pretend, lambda: V.train(a, net, split, tmp_path, CUDA, 2, lambda *_: None, None), net, [])
+    a = V.settings([*flags.split(), "--batch-size", "32", "--epochs", "2500", "--no-compile"])
+    a = argparse.Namespace(**{**vars(a), **{name: getattr(a, name)[0] for name in V.RUNS}})
+    a.device, a.views, a.lr = "cuda", a.views or "simclr", 0.1
+    split = V.Split(32, torch.zeros(128, dtype=torch.long, device=CUDA),
+                    torch.zeros(128, 3, 32, 32, dtype=torch.uint8, device=CUDA))
+    net = moved(V.Net(a, 32, 20), CUDA, torch.channels_last)
+    dtypes, state = outputs_of(net), {"step": 0, "seconds": 0.0, "log": [], "probes": []}
+    with mock.patch.object(V, "save_checkpoint"):
+        three_steps(pretend, lambda: V.train(a, net, split, tmp_path, print, state), net, [])
     assert set(dtypes) == {torch.bfloat16}
 
 

@@ -45,9 +45,8 @@ SHORT = f"--epochs 1 --batch-size 108 --layer none {CHEAP}"  # two steps
 def drawn(monkeypatch):
     """Figures take most of a small run: [(path, what would be on it)]. `done` really has some."""
     pages = []
-    monkeypatch.setattr(V, "draw", lambda *page: pages.append(page))
-    monkeypatch.setattr(V, "draw_maps", lambda *page: None)
-    monkeypatch.setattr(S, "draw", lambda *page: None)
+    for script, name in ((V, "draw"), (V, "draw_maps"), (S, "draw")):
+        monkeypatch.setattr(script, name, lambda *page: pages.append(page))
     return pages
 
 def randn(*shape, seed=0):
@@ -67,6 +66,7 @@ def one_run(words):
     for name in V.RUNS:
         setattr(a, name, getattr(a, name)[0])
     a.views = a.views or ("none" if a.objective == "supervised" else "simclr")
+    a.lr = a.lr or 0.1
     return a
 
 def load(data, *more):
@@ -95,79 +95,61 @@ def ended(words, capsys):
 
 def slow_vicreg(z1, z2):
     """main_vicreg.py:194-219 entry by entry, in float64."""
-    (n, d), invariance, variance, covariance = z1.shape, 0, 0, 0
-    z1, z2 = z1.double(), z2.double()
-    for i, j in itertools.product(range(n), range(d)):
-        invariance = invariance + (z1[i, j] - z2[i, j]) ** 2 / (n * d)
+    (n, d), z1, z2 = z1.shape, z1.double(), z2.double()
+    invariance = sum((z1[i, j] - z2[i, j]) ** 2 / (n * d) for i in range(n) for j in range(d))
+    variance = covariance = 0 * invariance
     for z in (z1, z2):
-        mean = [sum(z[i, j] for i in range(n)) / n for j in range(d)]
+        z = torch.stack([row - sum(z) / n for row in z])
         for j in range(d):
-            std = (sum((z[i, j] - mean[j]) ** 2 for i in range(n)) / (n - 1) + 1e-4) ** 0.5
+            std = (sum(z[i, j] ** 2 for i in range(n)) / (n - 1) + 1e-4) ** 0.5
             variance = variance + (1 - std).clamp(min=0) / d / 2
             for k in (k for k in range(d) if k != j):
-                entry = sum((z[i, j] - mean[j]) * (z[i, k] - mean[k]) for i in range(n))
-                covariance = covariance + (entry / (n - 1)) ** 2 / d
-    return [torch.as_tensor(part) for part in (invariance, variance, covariance)]
+                entry = sum(z[i, j] * z[i, k] for i in range(n)) / (n - 1)
+                covariance = covariance + entry ** 2 / d
+    return invariance, variance, covariance
 
 def values_and_gradients(f, *inputs):
     """Of each number that f returns: its value, its gradients."""
     inputs, found = [x.clone().requires_grad_() for x in inputs], []
     for part in f(*inputs):
-        found.append(part.detach().double())
-        grads = torch.autograd.grad(part, inputs, retain_graph=True, allow_unused=True) \
-            if part.requires_grad else [None] * len(inputs)
-        found += [torch.zeros_like(x).double() if g is None else g.double()
-                  for g, x in zip(grads, inputs)]
-    return found
+        part = part + 0 * sum(x.sum() for x in inputs)  # a single dimension has no covariance
+        found += [part.detach(), *torch.autograd.grad(part, inputs, retain_graph=True)]
+    return [x.double() for x in found]
 
 @pytest.mark.parametrize("n, d, scale", [(2, 3, 1.0), (6, 4, 0.5), (9, 5, 1.0), (5, 1, 0.3)])
 def test_vicreg_and_its_gradients_equal_loops(n, d, scale):
-    """Dimensions with a deviation below 1 and above it, a batch of two, a single dimension."""
+    """Variance over the views is averaged, covariance summed. Deviations below 1 and above it, a
+    batch of two, a single dimension."""
     spread = scale * torch.logspace(-2, 1, d)
     z1, z2 = spread * randn(n, d) + 0.7, spread * randn(n, d, seed=1) - 0.2
-    for got, expected in zip(values_and_gradients(V.vicreg, z1, z2),
-                             values_and_gradients(slow_vicreg, z1, z2), strict=True):
+    for got, expected in zip(*(values_and_gradients(f, z1, z2) for f in (V.vicreg, slow_vicreg))):
         atol = 1e-6 * max(1, expected.abs().max().item())
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=atol)
 
 def test_vicreg_of_a_collapsed_network_is_finite_and_pushes_outwards():
     z = randn(1, 6).expand(8, 6)
+    almost = torch.cat([z[:1] + 1e-3, z[1:]])
     got = values_and_gradients(V.vicreg, z, z)
-    assert all(g.isfinite().all() for g in got)
-    assert got[0] == got[6] == 0 and got[3].item() == pytest.approx(1 - 0.01, abs=1e-6)
-    almost = z.clone()
-    almost[0] += 1e-3
-    assert (values_and_gradients(V.vicreg, almost, z)[4][0] < 0).all()
-
-def test_vicreg_halves_the_variance_over_the_views_and_sums_the_covariance():
-    z1, z2 = 0.3 * randn(16, 5), randn(16, 5, seed=1) @ randn(5, 5, seed=2)
-    (_, v11, c11), (_, v22, c22), (_, v12, c12) = (
-        V.vicreg(*pair) for pair in ((z1, z1), (z2, z2), (z1, z2)))
-    torch.testing.assert_close(v12, (v11 + v22) / 2)
-    torch.testing.assert_close(c12, (c11 + c22) / 2)
-    cov, std = torch.cov(z2.T.double()), (z2.double().var(0) + 1e-4).sqrt()
-    one = (cov.square().sum() - cov.diagonal().square().sum()) / 5
-    assert c22.item() == pytest.approx(2 * one.item(), rel=1e-5)
-    assert v22.item() == pytest.approx((1 - std).clamp(min=0).mean().item(), rel=1e-5)
+    assert all(g.isfinite().all() for g in got) and got[3].item() == pytest.approx(0.99, abs=1e-6)
+    assert got[0] == got[6] == 0 and (values_and_gradients(V.vicreg, almost, z)[4][0] < 0).all()
 
 def test_losses_weigh_their_parts_and_add_up():
     """VICReg (Eq. 1); SimCLR as attraction of pairs plus repulsion; supervised: cross-entropy."""
     z, labels = randn(10, 6), integers(6, 10)
-    unit = [v / v.norm() for v in z.double()]
-    pull = -sum(unit[i] @ unit[i + 5] for i in range(5)) / 5 / 0.2
-    push = sum(sum((unit[i] @ unit[k] / 0.2).exp() for k in range(10) if k != i).log()
+    unit = F.normalize(z.double(), dim=1)
+    pull = -sum(unit[i] @ unit[i + 5] for i in range(5)) / 5 / 0.5
+    push = sum(sum((unit[i] @ unit[k] / 0.5).exp() for k in range(10) if k != i).log()
                for i in range(10)) / 10
-    s, v, c = slow_vicreg(*z.chunk(2))
+    (s, v, c), spread = slow_vicreg(*z.chunk(2)), unit[:5].var(0).sqrt().sum() / 6 ** 0.5
     entropy = -sum(row.double().log_softmax(0)[y] for row, y in zip(z, labels)) / 10
+    names = ["loss", "invariance", "regularisation", "embedding_std"]
     for words, parts in (
             ("--invariance 2 --variance 3 --covariance 5", (2 * s, 3 * v + 5 * c)),
-            ("", (25 * s, 25 * v + c)), ("--objective simclr --temperature 0.2", (pull, push)),
-            ("--objective supervised", (entropy,))):
-        got = V.losses(one_run(words), z, labels)
-        names = ["loss", "invariance", "regularisation"][:1 if len(parts) == 1 else 3]
-        assert list(got) == names
-        for name, value in zip(names, [sum(parts), *parts]):
-            assert got[name].item() == pytest.approx(value.item(), rel=1e-5), (words, name)
+            ("", (25 * s, 25 * v + c)), ("--objective simclr", (pull, push)),
+            ("--objective supervised", ())):
+        expected = [sum(parts), *parts, spread] if parts else [entropy]
+        got = {k: v.item() for k, v in V.losses(one_run(words), z, labels).items()}
+        assert got == pytest.approx(dict(zip(names, map(float, expected))), rel=1e-5), words
 
 # ==== Deep Augmentation ====
 
@@ -176,16 +158,13 @@ def test_losses_weigh_their_parts_and_add_up():
 def test_deep_augmentation_is_dropout_of_the_chosen_rows_alone(shape, stop):
     """Mean and gradient: E[A(h)] = h; clean rows pass it as it is, chosen ones by their mask."""
     torch.manual_seed(0)
-    h, up = randn(*shape).requires_grad_(), randn(*shape, seed=1)
+    h, up, ones = randn(*shape).requires_grad_(), randn(*shape, seed=1), torch.ones(shape)
     out = V.deep_augment(h, ROWS, 0.3, stop)
     (out * up).sum().backward()
     assert torch.equal(out[~ROWS], h[~ROWS]) and torch.equal(h.grad[~ROWS], up[~ROWS])
     mask = (out / h).detach()[ROWS]
-    kept = mask != 0
-    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / 0.7))
-    assert kept.any() and not kept.all() and not torch.equal(kept[0], kept[1])
+    assert (mask == 0).any() and (mask[mask != 0] - 1 / 0.7).abs().max() < 1e-5
     torch.testing.assert_close(h.grad[ROWS], torch.zeros_like(mask) if stop else up[ROWS] * mask)
-    ones = torch.ones(shape)
     means = torch.stack([V.deep_augment(ones, ROWS, 0.3, stop) for _ in range(600)]).mean(0)
     assert abs(means[ROWS].mean() - 1) < 0.02 and (means - 1).abs().max() < 0.15
 
@@ -197,21 +176,23 @@ def slow_clustering(x, y, x_test, y_test, classes):
     of = {c: [p for p, label in zip(x, y.tolist()) if label == c] for c in range(classes)}
     means = {c: sum(members) / len(members) for c, members in of.items() if members}
 
-    def accuracy(pictures, labels):
-        nearest = [min(means, key=lambda c, p=p: ((p - means[c]) ** 2).sum()) for p in pictures]
-        return 100 * sum(n == y for n, y in zip(nearest, labels.tolist())) / len(nearest)
-    several = [c for c in means if len(of[c]) > 1]
-    var = {c: sum(((p - means[c]) ** 2).sum() for p in of[c]) / len(of[c]) for c in several}
-    gap = {(i, j): ((means[i] - means[j]) ** 2).sum() for i, j in itertools.permutations(several, 2)}
-    cdnv = [(var[i] + var[j]) / (2 * d) for (i, j), d in gap.items()]
-    return {"ncc_train": accuracy(x, y), "ncc_test": accuracy(x_test, y_test),
-            "cdnv": statistics.mean(map(float, cdnv)),
-            "variance": statistics.mean(map(float, var.values())),
-            "distance": statistics.mean(map(float, gap.values()))}
+    def squared(p, c):
+        return ((p - means[c]) ** 2).sum().item()
 
-def some_classes(labels, d=6, seed=0):
-    """Features around a mean for every class."""
-    return randn(int(labels.max()) + 1, d, seed=seed + 50)[labels] + randn(len(labels), d, seed=seed)
+    def accuracy(pictures, labels):
+        nearest = [min(means, key=lambda c, p=p: squared(p, c)) for p in pictures]
+        return 100 * statistics.mean(n == y for n, y in zip(nearest, labels.tolist()))
+    several = [c for c in means if len(of[c]) > 1]
+    var = {c: statistics.mean(squared(p, c) for p in of[c]) for c in several}
+    gap = {(i, j): squared(means[i], j) for i, j in itertools.permutations(several, 2)}
+    cdnv = statistics.mean((var[i] + var[j]) / (2 * d) for (i, j), d in gap.items())
+    return {"ncc_train": accuracy(x, y), "ncc_test": accuracy(x_test, y_test), "cdnv": cdnv,
+            "variance": statistics.mean(var.values()), "distance": statistics.mean(gap.values())}
+
+def some_classes(y, seed=0):
+    """Features around a mean for every class, in steps of 2^-7."""
+    x = randn(int(y.max()) + 1, 6, seed=50)[y] + randn(len(y), 6, seed=seed)
+    return (128 * x).round() / 128
 
 @pytest.mark.parametrize("labels", [
     torch.arange(40) % 5, torch.arange(40) % 2,
@@ -219,140 +200,88 @@ def some_classes(labels, d=6, seed=0):
     torch.tensor([5] * 12 + [0, 0, 0, 3, 3]), torch.arange(8500) % 3],
     ids=["even", "two", "one picture, one absent", "many absent", "several chunks"])
 def test_clustering_equals_loops(labels):
-    """Whatever the order of the pictures, and however far from the origin they lie (in steps of
-    2^-7, so that moving them by 2^16 is exact)."""
+    """Whatever the order of the pictures, and however far from the origin they lie."""
     classes, y_test = int(labels.max()) + 1, torch.arange(30) % (int(labels.max()) + 1)
-    x, x_test = ((128 * some_classes(y, seed=s)).round() / 128
-                 for s, y in enumerate((labels, y_test)))
+    x, x_test = some_classes(labels), some_classes(y_test, seed=1)
     expected = slow_clustering(x, labels, x_test, y_test, classes)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    assert V.clustering(x[order], labels[order], x_test, y_test, classes) == pytest.approx(
-        expected, rel=1e-5)
-    far = V.clustering(x + 2 ** 16, labels, x_test + 2 ** 16, y_test, classes)
-    assert far == pytest.approx(expected, rel=1e-3)
     assert 0 < expected["ncc_test"] < 100
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    for far, rel in ((0, 1e-5), (2 ** 16, 1e-3)):
+        got = V.clustering(x[order] + far, labels[order], x_test + far, y_test, classes)
+        assert got == pytest.approx(expected, rel=rel)
 
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.7])
-def test_constant_features_have_no_cdnv(value):
-    x, y = torch.full((40, 7), value), torch.tensor([0] * 7 + [1] * 11 + [2] * 22)
-    got = V.clustering(x, y, x, y, 3)
-    assert got["cdnv"] is None and got["variance"] == got["distance"] == 0
-    assert any(got["ncc_train"] == pytest.approx(s) for s in (17.5, 27.5, 55))  # all to one class
-
-def test_means_that_coincide_and_a_single_class_have_no_cdnv():
-    half, one = randn(10, 4), torch.zeros(10, dtype=torch.long)
+def test_constant_features_means_that_coincide_and_single_classes_have_no_cdnv():
+    half, y = randn(10, 4), torch.tensor([0] * 7 + [1] * 11 + [2] * 22)
+    for value in (0.0, 0.1, -3.7):
+        got = V.clustering(*[torch.full((40, 7), value), y] * 2, 3)
+        assert got["cdnv"] is None and got["variance"] == got["distance"] == 0
+        assert any(got["ncc_train"] == pytest.approx(s) for s in (17.5, 27.5, 55))  # all to one
     got = V.clustering(*[torch.cat([half, half, half + 1]), torch.arange(30) // 10] * 2, 3)
-    assert got["cdnv"] is None and got["variance"] > 1
-    assert got["distance"] == pytest.approx(16 / 6, rel=1e-5)
-    for y, classes in ((one, 1), (torch.tensor([0] * 9 + [1]), 2)):  # or of one picture
-        assert V.clustering(half, y, half, y, classes)["cdnv"] is None
+    assert got["cdnv"] is None and got["distance"] == pytest.approx(16 / 6, rel=1e-5)
+    for y, classes in (([0] * 10, 1), ([0] * 9 + [1], 2)):  # or of one picture
+        assert V.clustering(*[half, torch.tensor(y)] * 2, classes)["cdnv"] is None
 
 # ==== the linear SVM ====
 
 def with_one(x):
     return F.pad(x.double(), (0, 1), value=1)
 
-def svm_objective(x, y, w, c=1.0):
-    """LIBLINEAR's, of every class; the bias is one of the weights."""
+def svm_value_and_slack(x, y, w, c):
+    """LIBLINEAR's objective of every class (the bias is one of the weights), and how much lower it
+    would be after one more step of Newton's method, all in float64."""
+    x, w, found = with_one(x), w.double().requires_grad_(), []
     signs = torch.where(y.unsqueeze(1) == torch.arange(w.shape[1]), 1.0, -1.0)
-    hinge = (1 - signs * (with_one(x) @ w)).clamp(min=0)
-    return w.square().sum(0) / 2 + c * hinge.square().sum(0)
-
-def newton_svm(x, y, classes, c=1.0):
-    """Each class by Newton's method with halved steps, float64, to a gradient of nothing."""
-    x, weights = with_one(x), []
-    for k in range(classes):
-        s, w = torch.where(y == k, 1.0, -1.0).double(), torch.zeros(x.shape[1]).double()
-
-        def value(w, s=s):
-            return w @ w / 2 + c * (1 - s * (x @ w)).clamp(min=0).square().sum()
-        for _ in range(100):
-            margin = 1 - s * (x @ w)
-            xa, sa, ma = x[margin > 0], s[margin > 0], margin[margin > 0]
-            gradient = w - 2 * c * xa.T @ (sa * ma)
-            step = torch.linalg.solve(torch.eye(len(w)).double() + 2 * c * xa.T @ xa, gradient)
-            if step @ gradient <= 1e-13 * value(w):
-                break
-            t = 1.0
-            while value(w - t * step) > value(w) - 1e-4 * t * (gradient @ step) and t > 1e-8:
-                t /= 2
-            w = w - t * step
-        weights.append(w)
-    return torch.stack(weights, 1)
+    hinge = (1 - signs * (x @ w)).clamp(min=0)
+    value = w.square().sum(0) / 2 + c * hinge.square().sum(0)
+    gradient = torch.autograd.grad(value.sum(), w)[0]
+    for k, g in enumerate(gradient.T):
+        active = x[hinge[:, k] > 0]
+        hessian = torch.eye(len(w)).double() + 2 * c * active.T @ active
+        found.append(g @ torch.linalg.solve(hessian, g) / 2)
+    return value.detach(), torch.stack(found)
 
 def svm_problem(name):
     """(x, y, classes), overlapping classes: as most layers'."""
-    n, d, classes = 300, 12, 4
-    x = randn(n, d) @ randn(d, d, seed=1)
-    y = (x @ randn(d, classes, seed=2) + 4 * randn(n, classes, seed=3)).argmax(1)
-    if name == "scales 1e-3 to 1e3":
-        x = x * torch.logspace(-3, 3, d)[torch.randperm(d, generator=torch.Generator())]
-    elif name == "two classes":
-        y, classes = (y > 1).long(), 2
-    elif name == "absent classes":
-        y, classes = 2 * y, 8
-    elif name == "classes of few pictures":
-        y = torch.zeros_like(y)
-        y[:3], y[3], classes = 1, 2, 3
-    elif name == "far from the origin":
-        x = 0.1 * x + 50
-    elif name == "constant and zero features":
-        x[:, 3], x[:, 5] = 7.0, 0.0
-    elif name == "dependent features":  # as of a deep untrained layer: 8 of 30, large
-        x, y, classes = 30 * randn(3000, 8) @ randn(8, 30, seed=1), integers(3, 3000), 3
-    elif name == "more features than pictures":
-        x, y, classes = randn(40, 60), integers(3, 40), 3
-    elif name == "several chunks":
-        x, y, classes = randn(8300, 3), integers(3, 8300), 3
-        x[8192:] += 5
-    return x, y, classes
+    x = randn(300, 12) @ randn(12, 12, seed=1)
+    y = (x @ randn(12, 4, seed=2) + 4 * randn(300, 4, seed=3)).argmax(1)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    constant = torch.ones(300, 1) * torch.tensor([7.0, 0.0])
+    far = randn(8300, 3) + 5 * (torch.arange(8300) > 8191).unsqueeze(1)
+    return {"plain": (x, y, 4), "scales from 1e-3 to 1e3": (x * 10 ** (order / 2 - 3), y, 4),
+            "absent classes": (x, 2 * y, 8),
+            "classes of few pictures": (x, torch.tensor([1, 1, 1, 2] + [0] * 296), 3),
+            "far from the origin": (torch.cat([0.1 * x + 50, constant], 1), y, 4),
+            # as of a deep untrained layer: 8 of 30, large
+            "dependent": (30 * randn(3000, 8) @ randn(8, 30, seed=1), integers(3, 3000), 3),
+            "more features than pictures": (randn(40, 60), integers(3, 40), 3),
+            "several chunks": (far, integers(3, 8300), 3)}[name]
 
-@pytest.mark.parametrize("name", [
-    "plain", "scales 1e-3 to 1e3", "two classes", "absent classes", "classes of few pictures",
-    "far from the origin", "constant and zero features", "dependent features",
-    "more features than pictures", "several chunks"])
-def test_svm_finds_the_minimum(name):
-    """Of every class: the objective, the decisions, and the gradient, which one more step of
-    Newton's method would turn into an improvement of g H^-1 g / 2, is as good as zero."""
+@pytest.mark.parametrize("name, c", [
+    ("plain", 1), ("plain", 0.01), ("plain", 100), ("scales from 1e-3 to 1e3", 1),
+    ("absent classes", 1), ("classes of few pictures", 1), ("far from the origin", 1),
+    ("dependent", 1), ("more features than pictures", 1), ("several chunks", 1)])
+def test_svm_finds_the_minimum(name, c):
+    """The gradient of every class, by autograd in float64, is as good as zero."""
     x, y, classes = svm_problem(name)
-    got, best = V.fit_svm(x, y, classes), newton_svm(x, y, classes)
-    assert got.shape == (x.shape[1] + 1, classes) and not got.requires_grad
+    value, slack = svm_value_and_slack(x, y, V.fit_svm(x, y, classes, c), c)
     worse = 5e-3 if name == "more features than pictures" else 1e-4  # separable: nearly zero
-    w = got.double().requires_grad_()
-    value = svm_objective(x, y, w)
-    assert (value <= (1 + worse) * svm_objective(x, y, best)).all()
-    gradient = torch.autograd.grad(value.sum(), w)[0]
-    for k in range(classes):
-        active = (1 - torch.where(y == k, 1, -1) * (with_one(x) @ w[:, k])) > 0
-        hessian = torch.eye(len(w)).double() + 2 * with_one(x)[active].T @ with_one(x)[active]
-        newton = torch.linalg.solve(hessian, gradient[:, k])
-        assert gradient[:, k] @ newton / 2 <= worse * value[k]
-    scores, exact = with_one(x) @ got.double(), with_one(x) @ best
-    torch.testing.assert_close(scores, exact, rtol=0, atol=0.15 if worse > 1e-3 else 0.03)
-    assert (scores.argmax(1) == exact.argmax(1)).double().mean() > 0.99
-
-@pytest.mark.parametrize("c", [0.01, 100.0])
-def test_svm_with_another_cost(c):
-    x, y, classes = svm_problem("plain")
-    scores = with_one(x) @ V.fit_svm(x, y, classes, c).double()
-    torch.testing.assert_close(scores, with_one(x) @ newton_svm(x, y, classes, c), rtol=0, atol=0.03)
-    other = with_one(x) @ newton_svm(x, y, classes)
-    assert (scores - other).abs().max() > 0.06, "the cost makes no difference"
+    assert (slack <= worse * value).all(), slack / value
+    start = svm_value_and_slack(x, y, torch.zeros(x.shape[1] + 1, classes), c)[0]
+    assert (value < start).all()
 
 def test_svms_of_several_labels_of_each_picture_are_those_of_one_after_the_other():
-    x, y, classes = svm_problem("plain")
-    other = integers(3, len(x), seed=4)
-    together = with_one(x) @ V.fit_svm(x, torch.stack([y, other + classes], 1), classes + 3).double()
-    apart = [with_one(x) @ V.fit_svm(x, *task).double() for task in ((y, classes), (other, 3))]
+    x, y, _ = svm_problem("plain")
+    other = integers(3, 300, seed=4)
+    together = with_one(x) @ V.fit_svm(x, torch.stack([y, other + 4], 1), 7).double()
+    apart = [with_one(x) @ V.fit_svm(x, *task).double() for task in ((y, 4), (other, 3))]
     torch.testing.assert_close(together, torch.cat(apart, 1), rtol=0, atol=0.02)
 
-@pytest.mark.parametrize("name", ["plain", "two classes", "classes of few pictures"])
+@pytest.mark.parametrize("name", ["plain", "classes of few pictures"])
 def test_svm_decides_as_scikit_learns(name):
     svm = pytest.importorskip("sklearn.svm")
     x, y, classes = svm_problem(name)
     theirs = svm.LinearSVC(C=1.0, dual=False, tol=1e-8).fit(x.numpy(), y.numpy())
-    scores = with_one(x) @ V.fit_svm(x, y, classes).double()
-    ours = scores if classes > 2 else scores[:, 1]
+    ours = with_one(x) @ V.fit_svm(x, y, classes).double()
     expected = torch.from_numpy(theirs.decision_function(x.numpy())).double()
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
 
@@ -365,28 +294,25 @@ def gaussians(n, d, rho, seed=0):
 
 @pytest.mark.parametrize("d, rho", [(1, 0.9), (2, 0.8)])
 def test_information_of_correlated_gaussians(d, rho):
-    """A lower bound, but for the noise of 700 held-out pairs, and not far below."""
-    exact = -d / 2 * math.log2(1 - rho ** 2)
-    bits = V.mutual_information(*gaussians(3500, d, rho), 100)
-    assert len(bits) == len(set(bits)) == 5  # five initialisations
+    """A lower bound, but for the noise of 700 held-out pairs, and not far below. Of five
+    initialisations that the seed alone decides."""
+    exact, pairs = -d / 2 * math.log2(1 - rho ** 2), gaussians(3500, d, rho)
+    bits, before = V.mutual_information(*pairs, 100), torch.get_rng_state()
+    assert len(bits) == len(set(bits)) == 5
     assert all(0.75 * exact < b < 1.15 * exact for b in bits), (bits, exact)
+    few = [V.mutual_information(*pairs, 2, seed=seed) for seed in (0, 0, 1)]
+    assert few[0] == few[1] != few[2] and torch.equal(torch.get_rng_state(), before)
 
 def test_information_of_independent_variables_is_near_zero():
-    """Even where they could be learned by heart; it is read on pairs not trained on."""
+    """Even where they could be learned by heart; it is read on pairs not trained on. A constant
+    feature, as of a dead channel, does not matter."""
     assert all(b < 0.1 for b in V.mutual_information(*gaussians(250, 20, 0.0), 60))
-    assert all(-0.3 < b < 0.06 for b in V.mutual_information(*gaussians(2000, 1, 0.0), 30))
+    x, z = gaussians(2000, 1, 0.0)
+    found = V.mutual_information(x, F.pad(z, (0, 1), value=2), 30)
+    assert all(-0.3 < b < 0.06 for b in found)
     x, z = gaussians(1000, 1, 0.95)
     z[800:] = z[800:].flip(0)
     assert all(b < 0 for b in V.mutual_information(x, z, 40))
-
-def test_information_is_a_function_of_its_seed_alone():
-    x, z = gaussians(60, 3, 0.5)
-    z[:, 1] = 2.0  # a constant feature, as a dead channel
-    before = torch.get_rng_state()
-    first = V.mutual_information(x, z, 3)
-    assert torch.equal(torch.get_rng_state(), before) and all(map(math.isfinite, first))
-    torch.rand(5)
-    assert V.mutual_information(x, z, 3) == first != V.mutual_information(x, z, 3, seed=1)
 
 # ==== network ====
 
@@ -408,29 +334,21 @@ def some_images(n=6, size=16):
 def normal(images):
     return T.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).double()
 
-def by_hand(net, images, blocks, batch=False):
-    """App. A.2 from the weights alone: {layer: output}. batch: BatchNorm as in training."""
-    w, out = {k.removeprefix("layers."): v.detach().double()
-              for k, v in net.state_dict().items()}, {}
+def by_hand(net, images, blocks):
+    """App. A.2 from the weights alone: {layer: output}."""
+    w, out = {k.removeprefix("layers."): v.double() for k, v in net.state_dict().items()}, {}
 
     def norm(h, name):
-        axes = [0, *range(2, h.ndim)]
-        mean, var = (h.mean(axes), h.var(axes, correction=0)) if batch else \
-            (w[f"{name}.running_mean"], w[f"{name}.running_var"])
-        mean, var, scale, shift = (t.view(-1, *[1] * (h.ndim - 2)) for t in
-                                   (mean, var, w[f"{name}.weight"], w[f"{name}.bias"]))
-        return scale * (h - mean) / (var + 1e-5).sqrt() + shift
+        parts = (w[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(h, *parts)
 
-    def conv(h, name, stride, padding):
-        return F.conv2d(h, w[f"{name}.weight"], None, stride, padding)
-    h = normal(images)
-    for i in (1, 2):
-        h = norm(conv(h, f"stem.conv{i}", 2, 0), f"stem.bn{i}").relu()
-    out["stem"] = h
-    for i in range(1, blocks + 1):
-        g = norm(conv(h, f"block{i}.conv1", 1, 1), f"block{i}.bn1").relu()
-        out[f"block{i}"] = h = (h + norm(conv(g, f"block{i}.conv2", 1, 1), f"block{i}.bn2")).relu()
-    out["avgpool"] = h = h.mean((2, 3))
+    def conv(h, layer, i, stride, padding):
+        h = F.conv2d(h, w[f"{layer}.conv{i}.weight"], None, stride, padding)
+        return norm(h, f"{layer}.bn{i}")
+    h = out["stem"] = conv(conv(normal(images), "stem", 1, 2, 0).relu(), "stem", 2, 2, 0).relu()
+    for name in (f"block{i}" for i in range(1, blocks + 1)):
+        h = out[name] = (h + conv(conv(h, name, 1, 1, 1).relu(), name, 2, 1, 1)).relu()
+    h = out["avgpool"] = h.mean((2, 3))
     hidden = norm(h @ w["head.0.weight"].T + w["head.0.bias"], "head.1").relu()
     return {**out, "head": hidden @ w["head.3.weight"].T}
 
@@ -448,21 +366,15 @@ def test_res_l_h_is_the_papers(size):
     assert wide.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.03)
 
 def test_each_view_has_its_own_batch_statistics_and_supervised_is_one_view():
-    """The output of a view does not depend on the other; running statistics move once a view."""
-    words, none = "--arch RES-2-8 --projector 7 5", torch.zeros(10, dtype=torch.bool)
-    net, before = network(words), network(words)
-    first, second = some_images(5), 0.3 * some_images(10)[5:] + 0.5
-    got = net.train()(torch.cat([first, second]), none)
-    expected = torch.cat([by_hand(before, v, 2, True)["head"] for v in (first, second)])
-    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
-    mean = before.layers.stem.bn1.running_mean.double()
-    for view in (first, second):
-        h = F.conv2d(normal(view), before.layers.stem.conv1.weight.double(), None, 2)
-        mean = 0.9 * mean + 0.1 * h.mean((0, 2, 3))
-    moved = net.layers.stem.bn1.running_mean.double()
-    torch.testing.assert_close(moved, mean, rtol=1e-5, atol=1e-6)
+    """The first view, then the second, as if each were alone; the running ones see both."""
+    words, rows = "--arch RES-2-8 --projector 7 5", torch.zeros(5, dtype=torch.bool)
+    net, alone = network(words).train(), network(words).train()
+    alone.views, views = 1, (some_images(5), 0.3 * some_images(10)[5:] + 0.5)
+    got, expected = net(torch.cat(views), rows.repeat(2)), [alone(v, rows) for v in views]
+    torch.testing.assert_close(got, torch.cat(expected))
+    assert same_bits(net.state_dict(), alone.state_dict())
     net = network("--arch RES-1-4 --objective supervised", classes=7).train()
-    assert net(some_images(5), none[:5]).shape == (5, 7)
+    assert net(some_images(5), rows).shape == (5, 7)
     assert net.layers.stem.bn1.num_batches_tracked == 1
 
 @pytest.mark.parametrize("size", [64, 16])
@@ -492,30 +404,28 @@ def test_stop_gradient(layer):
     def gradients(more, weights):
         net = network(f"--arch RES-2-6 --projector 9 5 {more}").train()
         for m in net.modules():  # BatchNorm must not mix the rows
-            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                m.eval()
+            m.training &= not isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
         images = some_images(8).requires_grad_()
         torch.manual_seed(7)
         out = net(images, ROWS)
         (out * weights).sum().backward()
-        number = {name: l for l, name in enumerate(net.layers._modules, start=-1)}
-        grads = {k: (number[k.split(".")[1]], p.grad) for k, p in net.named_parameters()}
+        grads = {k: p.grad for k, p in net.named_parameters()}
         return images.grad, grads, out.detach(), net.eval()(images, ROWS)
-    weights, chosen = randn(8, 5, seed=2), ROWS.view(-1, 1)
-    top = {"all": 4, "0+2": 2}.get(layer) if layer in ("all", "0+2") else int(layer)
+    weights, chosen, top = randn(8, 5, seed=2), ROWS.view(-1, 1), {"0+2": 2, "all": 4}.get(layer)
     images, params, out, calm = gradients(f"--layer {layer}", weights)
     plain_images, plain, plain_out, plain_calm = gradients("", weights * ~chosen)
     assert not images[ROWS].any() and torch.equal(calm, plain_calm)
     assert (out != plain_out).any(1).tolist() == ROWS.tolist()
     torch.testing.assert_close(images[~ROWS], plain_images[~ROWS])
-    for name, (l, grad) in params.items():
-        if l <= top:
-            torch.testing.assert_close(grad, plain[name][1], msg=name)
-    for name, (l, grad) in gradients(f"--layer {layer}", weights * chosen)[1].items():
-        assert grad.any() == (l > top), name
-    images, params, *_ = gradients(f"--layer {layer} --no-stop-grad", weights * chosen)
+    _, above, *_ = gradients(f"--layer {layer}", weights * chosen)
+    images, everywhere, *_ = gradients(f"--layer {layer} --no-stop-grad", weights * chosen)
     assert images.flatten(1).any(1).tolist() == ROWS.tolist()
-    assert all(grad.any() for _, grad in params.values())
+    for name, grad in params.items():
+        number = ["stem", "block1", "block2", "avgpool", "head"].index(name.split(".")[1])
+        below = number <= (int(layer) if top is None else top)
+        assert above[name].any() != below and everywhere[name].any(), name
+        if below:
+            torch.testing.assert_close(grad, plain[name], msg=name)
 
 # ==== views ====
 
@@ -531,75 +441,49 @@ def sigma_of(views):
     c = views.shape[-1] // 2
     return (0.5 / (views[:, 0, c, c] / views[:, 0, c, c + 1]).double().log()).sqrt()
 
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", [16, 24, 64])
 def test_blur_and_solarization_equal_torchvisions(size):
-    """Of about as many pictures as --blur and --solarize say, the others are untouched."""
+    """Of about as many pictures as --blur and --solarize say, the others are untouched; sigma is
+    uniform from .1 to 2."""
     torch.manual_seed(0)
-    x = points(60, size)
-    blurred, both = V.blur_and_solarize(x, 0.5, 0), V.blur_and_solarize(x, 1, 0.5)
-    kernel, changed = 2 * min(11, size - 1) + 1, (blurred != x).flatten(1).any(1)
-    assert 15 < changed.sum() < 45 and torch.equal(blurred[~changed], x[~changed])
-    for view, picture, sigma in zip(blurred[changed], x[changed], sigma_of(blurred[changed])):
-        expected = T.gaussian_blur(picture, [kernel] * 2, [sigma.item()] * 2)
+    x, levels = points({16: 60, 24: 4000, 64: 60}[size], size), torch.linspace(0.1, 0.9, 5).double()
+    blurred = V.blur_and_solarize(x, 0.5, 0)
+    changed = (blurred != x).flatten(1).any(1)
+    sigmas, off = sigma_of(blurred[changed]), 3 * (0.25 / len(x)) ** 0.5
+    assert abs(changed.float().mean() - 0.5) < off and torch.equal(blurred[~changed], x[~changed])
+    assert (sigmas.quantile(levels) - (0.1 + 1.9 * levels)).abs().max() < 5 * off
+    for view, picture, sigma in [*zip(blurred[changed], x[changed], sigmas.tolist())][:30]:
+        expected = T.gaussian_blur(picture, [2 * min(11, size - 1) + 1] * 2, [sigma] * 2)
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
-    assert torch.equal(V.blur_and_solarize(x, 0, 1), T.solarize(x, 0.5))
-    flipped = both[:, 0, 0, 0] == 0  # black stays black, but
-    inside = x.clone()
-    inside[:, :, 1] = 0.9
-    for view, picture in zip(V.blur_and_solarize(inside, 0, 0.5), inside):
-        assert torch.equal(view, picture) or torch.equal(view, T.solarize(picture, 0.5))
-    assert flipped.all()
-
-def test_blur_and_solarization_are_drawn_as_often_and_as_widely_as_the_papers():
-    torch.manual_seed(0)
-    x = points(4000, 24)
-    views = V.blur_and_solarize(x, 0.5, 0)
-    changed = (views != x).flatten(1).any(1)
-    assert abs(changed.float().mean() - 0.5) < 0.03
-    levels = torch.linspace(0.1, 0.9, 5).double()
-    sigmas = sigma_of(views[changed]).quantile(levels)
-    assert (sigmas - (0.1 + 1.9 * levels)).abs().max() < 0.06
-    solarized = (V.blur_and_solarize(x, 0, 0.1) != x).flatten(1).any(1)
-    assert abs(solarized.float().mean() - 0.1) < 0.02
+    solarized, whole = V.blur_and_solarize(x, 0, 0.2), T.solarize(x, 0.5)
+    changed = (solarized != x).flatten(1).any(1)
+    assert abs(changed.float().mean() - 0.2) < off
+    assert torch.equal(solarized, torch.where(changed.view(-1, 1, 1, 1), whole, x))
     tiny = torch.full((4, 3, 5, 5), 0.3)  # smaller than the window
     torch.testing.assert_close(V.blur_and_solarize(tiny, 1, 0), tiny)
 
 def test_views_are_first_ones_then_second_ones_none_are_the_pictures_as_they_are():
-    """Black and white survive every augmentation; the two views of a picture differ."""
-    images = V.draw_shapes(20, 0, "cpu")[0]
-    for a in (one_run("--objective supervised"), one_run("--views none")):
-        assert torch.equal(V.views_of(images, 32, a, a.views), images / 255)
-        assert torch.equal(V.views_of(images, 32, a, a.views, 2), torch.cat([images, images]) / 255)
-    torch.manual_seed(0)
-    white = torch.arange(40) % 3 == 0
+    """Black and white survive every augmentation; the two views of a picture differ. App. A.1's
+    crops and colours."""
+    images, a = V.draw_shapes(20, 0, "cpu")[0], one_run("")
+    twice, white = torch.cat([images, images]), torch.arange(40) % 3 == 0
+    assert torch.equal(V.views_of(images, 32, a, "none", 2), twice / 255)
     pictures = (white * 255).byte().view(-1, 1, 1, 1).expand(-1, 3, 24, 24)
-    views = V.views_of(pictures, 16, one_run(""), "simclr", 2)
+    torch.manual_seed(0)
+    views = V.views_of(pictures, 16, a, "simclr", 2)
     assert views.shape == (80, 3, 16, 16)
     assert ((views.mean((1, 2, 3)) > 0.3) == white.repeat(2)).all()
-    first, second = V.views_of(images, 32, one_run(""), "simclr", 2).chunk(2)
-    assert (first != second).flatten(1).any(1).all()
-
-def test_views_jitter_is_as_wide_as_the_papers(monkeypatch):
-    """Factors within 1 -+ .4, .4, .2 for brightness, contrast, saturation; hue -+ .1 of a turn."""
-    found, adjust = {}, V.adjust
-    monkeypatch.setattr(V, "adjust", lambda x, operation, factor: found.update(
-        {operation: factor.flatten()}) or adjust(x, operation, factor))
-    torch.manual_seed(0)
-    V.views_of(V.draw_shapes(4000, 0, "cpu")[0][..., ::8, ::8], 4, one_run(""), "simclr")
-    for operation, reach in enumerate((0.4, 0.4, 0.2, 0.1)):
-        off = (found[operation] - (operation != 3)).abs()
-        assert 0.98 * reach < off.max() <= reach + 1e-6
-        assert off[off > 0].mean().item() == pytest.approx(reach / 2, rel=0.05)
+    torch.manual_seed(1)
+    expected = V.make_views(twice, 32, (0.2, 1), (0.4, 0.4, 0.2, 0.1))
+    torch.manual_seed(1)
+    views = V.views_of(images, 32, a, "simclr", 2)
+    assert torch.equal(views, expected) and (views[:20] != views[20:]).flatten(1).any(1).all()
 
 def test_autoaugment_changes_pictures_within_shape_and_range():
-    """CIFAR-10's policy; eight pictures share a draw, groups differ; the random state decides."""
+    """CIFAR-10's policy; eight pictures share a draw, groups differ."""
     images = V.draw_shapes(8, 0, "cpu")[0][:1].repeat(160, 1, 1, 1)
-    copy, a = images.clone(), one_run("--objective supervised --views autoaugment")
-    for _ in range(2):
-        torch.manual_seed(0)
-        got = V.views_of(images, 32, a, a.views)
     torch.manual_seed(0)
-    assert torch.equal(V.views_of(images, 32, a, a.views), got) and torch.equal(images, copy)
+    got = V.views_of(images, 32, one_run(""), "autoaugment")
     assert got.shape == (160, 3, 32, 32) and 0 <= got.min() and got.max() <= 1
     groups = [group[0] for group in got.split(8)]
     assert sum(not torch.equal(g, images[0] / 255) for g in groups) >= 10
@@ -615,14 +499,9 @@ def families():
     return *splits, list("abcde")
 
 def targets(families, words=""):
-    a = one_run("--device cpu --target-net RES-1-8 --target-epochs 6 --target-stages 4 "
-                f"--probe-images 700 {words}")
-    return V.random_targets(a, families)
-
-def agreements(found, families):
-    train, test, _ = families
-    return [((y == train.labels[:len(y)]).float().mean() + (y_test == test.labels).float().mean())
-            .item() / 2 for _, y, y_test in found]
+    """[(randomness, of 700 training pictures, of the test pictures)]"""
+    return V.random_targets(one_run("--device cpu --target-net RES-1-8 --target-epochs 6 "
+                                    f"--target-stages 4 --probe-images 700 {words}"), families)
 
 def commonest(y):
     return y.bincount().max().item() / len(y)
@@ -633,46 +512,41 @@ def test_random_targets_go_from_an_untrained_network_to_a_trained_one(families):
     found, balanced = targets(families), targets(families, "--balance-targets")
     for stages in (found, balanced):
         assert [r for r, *_ in stages] == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-9)
-        for _, y, y_test in stages:
-            assert y.shape == (700,) and y_test.shape == (300,) and y.dtype == torch.int64
-            assert 0 <= y.min() and y.max() < 5
-        right = agreements(stages, families)
+        assert {(len(y), len(y_test)) for _, y, y_test in stages} == {(700, 300)}
+        right = [(y == families[0].labels[:700]).float().mean().item() for _, y, _ in stages]
         assert max(right) == right[-1] > 0.35 and right[0] < 0.3, right
+        assert (stages[-1][2] == families[1].labels).float().mean() > 0.33
     assert commonest(found[0][1]) > 0.5 > 0.4 > commonest(balanced[0][1])
-    one = "--target-epochs 1 --target-stages 2 --seed"
     for seed, same in ((0, True), (1, False)):
-        first, last = targets(families, f"{one} {seed}")
-        assert (first[0], last[0]) == (1, 0) and torch.equal(first[1], found[0][1]) == same
+        ends = targets(families, f"--target-epochs 1 --target-stages 2 --seed {seed}")
+        assert [r for r, *_ in ends] == [1, 0] and torch.equal(ends[0][1], found[0][1]) == same
 
 def test_random_targets_of_a_vit(families):
-    train, test, classes = families
-    small = [V.Split(8, s.labels[:200], s.images[:200, :, ::4, ::4]) for s in (train, test)]
+    small = [V.Split(8, s.labels[:200], s.images[:200, :, ::4, ::4]) for s in families[:2]]
     words = "--device cpu --target-net vit --target-epochs 1 --target-stages 2 --image-size 8"
-    first, last = V.random_targets(one_run(words), (*small, classes))
+    first, last = V.random_targets(one_run(words), (*small, families[2]))
     assert len(first[1].unique()) > 1 and not torch.equal(first[1], last[1])
-    assert last[2].shape == (200,) and commonest(last[1]) < 1
 
 def test_superclasses_of_shapes_are_the_families(monkeypatch):
     monkeypatch.setattr(V, "draw_shapes", lambda n, *_, draw=V.draw_shapes: draw(20, 0, "cpu"))
-    *_, classes = V.load_data("shapes", one_run(""))
-    pairs = {(name.split()[0], c) for name, c in zip(classes, V.SUPERCLASSES["shapes"], strict=True)}
-    assert len(pairs) == len({name for name, _ in pairs}) == len({c for _, c in pairs}) == 5
+    names = [name.split()[0] for name in V.load_data("shapes", one_run(""))[2]]
+    pairs = {*zip(names, V.SUPERCLASSES["shapes"], strict=True)}
+    assert len(pairs) == len({*names}) == len({*V.SUPERCLASSES["shapes"]}) == 5
 
 def test_superclasses_of_cifar100_are_its_coarse_labels(real_data):
     with open(real_data / "cifar-100-python/train", "rb") as f:
         train = pickle.load(f, encoding="latin1")
     coarse = dict(zip(train["fine_labels"], train["coarse_labels"]))
-    assert [ord(c) - ord("a") for c in V.SUPERCLASSES["cifar100"]] == [coarse[i] for i in range(100)]
+    ours = [ord(c) - ord("a") for c in V.SUPERCLASSES["cifar100"]]
+    assert ours == [coarse[i] for i in range(100)]
 
 def test_preset_paper_sets_the_papers_values_and_a_flag_beside_it_wins():
-    a = V.settings(["--preset", "paper"])
-    assert (a.dataset, a.arch, a.batch_size, a.epochs, a.lr) == ("cifar100", ["RES-5-250"], 256,
-                                                                 1000, 0.002)
-    assert (a.weight_decay, a.sample_level, a.temperature) == (1e-6, [500, 100, 20], 0.5)
+    a, b = V.settings(["--preset", "paper"]), V.settings("--preset paper --epochs 30".split())
+    assert (a.dataset, a.arch, a.batch_size, a.lr) == ("cifar100", ["RES-5-250"], 256, 0.002)
+    assert (a.weight_decay, a.sample_level) == (1e-6, [500, 100, 20])
     assert (a.crop_min, a.blur, a.solarize, a.target_net) == (0.08, 0.5, 0.1, "resnet18")
-    assert (a.invariance, a.variance, a.covariance) == (25, [25], 1)
-    a = V.settings("--preset paper --epochs 30 --dataset cifar10 --variance 1 5".split())
-    assert (a.dataset, a.epochs, a.variance, a.lr) == ("cifar10", 30, [1, 5], 0.002)
+    assert (a.invariance, a.variance, a.covariance, a.epochs) == (25, [25], 1, 1000)
+    assert {**vars(a), "epochs": 30} == vars(b)
 
 # ==== what probes measure ====
 
@@ -684,8 +558,9 @@ class Encoder(nn.Module):
     def activations(self, images):
         return [images, images.mean((2, 3))]
 
-CONFIG = {"script": "mine", "layers": ["stem", "avgpool"], "layer_numbers": {"stem": 0, "avgpool": 1},
-          "image_size": 16, "dataset": "folder", "flags": {"data_dir": "few"}, "measurements": {}}
+CONFIG = {"script": "mine", "layers": ["stem", "avgpool"], "image_size": 16, "dataset": "folder",
+          "layer_numbers": {"stem": 0, "avgpool": 1}, "flags": {"data_dir": "few"},
+          "measurements": {}}
 
 def write_encoder(path, config=CONFIG):
     example = torch.rand(2, 3, 16, 16)
@@ -702,35 +577,40 @@ def test_sample_level_asks_of_which_picture_something_is_a_view(tmp_path):
     a = one_run("--device cpu --sample-level 2 9 7 --mine-steps 0 --probes svm ncc knn logistic")
     [row] = V.probe(tmp_path / "encoder.pt", (split, split, []), [], a)
     assert (row["layer"], row["target"], row["classes"]) == ("stem", "sample", 2)
-    for measure in ("svm", "ncc_train", "ncc_test", "knn", "logistic"):
-        assert row[measure] == 100, measure
-    assert row["majority"] == 50
+    measures = ("majority", "svm", "ncc_train", "ncc_test", "knn", "logistic")
+    assert [row[k] for k in measures] == [50, 100, 100, 100, 100, 100]
+
+def test_a_few_pictures_of_many_classes_are_probed(tmp_path):
+    write_encoder(tmp_path / "encoder.pt")
+    split = V.Split(16, 9 * torch.arange(10), (255 * some_images(10)).byte())
+    a = one_run("--device cpu --data-dir few --sample-level 0 0 0 --mine-steps 0")
+    [row] = V.probe(tmp_path / "encoder.pt", (split, split, [*range(100)]), [], a)
+    assert row["cdnv"] is None and row["ncc_train"] == 100
 
 def test_probes_see_views_of_the_samples_and_the_pictures_and_every_layer_for_itself(monkeypatch):
     """A layer that knows the label of a plain picture and one that sees nothing; every view is
     another, of test too; at another epoch they are the same."""
     splits = [V.Split(32, labels, images) for images, labels in
               (V.draw_shapes(160, 0, "cpu"), V.draw_shapes(100, 1, "cpu"))]
-    answer = {x.numpy().tobytes(): y for s in splits
-              for x, y in zip(s.images / 255, s.labels.tolist())}
-    shown = []
+    answer, shown = {x.numpy().tobytes(): y for s in splits
+                     for x, y in zip(s.images / 255, s.labels.tolist())}, []
 
     def activations(images):
-        shown.extend(x.numpy().tobytes() for x in images)
-        known = torch.tensor([answer.get(x.numpy().tobytes(), -1) for x in images])
+        names = [x.numpy().tobytes() for x in images]
+        shown.extend(names)
+        known = torch.tensor([answer.get(x, -1) for x in names])
         return {"blind": torch.ones(len(images), 2, 3, 3), "block1": F.one_hot(known + 1, 21)}
     config = {"layers": ["blind", "block1", "avgpool"], "image_size": 32,
-              "layer_numbers": {"blind": 0, "block1": 1, "avgpool": 2}, "measurements": {"epoch": 7}}
+              "measurements": {"epoch": 7},
+              "layer_numbers": {"blind": 0, "block1": 1, "avgpool": 2}}
     monkeypatch.setattr(V, "load_encoder", lambda *_: (activations, config))
-    a = one_run("--device cpu --sample-level 20 3 2 --mine-steps 0 --probe-images 140")
+    a = one_run("--device cpu --sample-level 20 3 3 --mine-steps 0 --probe-images 140")
     rows = by_key(V.probe("", (*splits, [*range(20)]), [], a))
     views = [x for x in shown if x not in answer]
-    assert len(views) == len({*views}) == 5 * 20 and len({*shown}) == 5 * 20 + 140 + 100
-    shown.clear()
+    assert len(views) == len({*views}) == 6 * 20 and len({*shown}) == 6 * 20 + 140 + 100
     V.probe("", (*splits, [*range(20)]), [], a)
-    assert [x for x in shown if x not in answer] == views
-    assert list(rows) == [(7, l, t) for t in ("sample", "class", "superclass")
-                          for l in ("blind", "block1")] or len(rows) == 6
+    assert [x for x in shown if x not in answer] == views * 2
+    assert len(rows) == 6 and rows[7, "block1", "sample"]["ncc_test"] == pytest.approx(5)
     for target, chance, classes in (("class", 5, 20), ("superclass", 20, 5)):
         good, blind = rows[7, "block1", target], rows[7, "blind", target]
         assert good["svm"] == good["ncc_test"] == good["ncc_train"] == 100
@@ -738,7 +618,6 @@ def test_probes_see_views_of_the_samples_and_the_pictures_and_every_layer_for_it
         assert blind["svm"] <= 2 * chance and blind["cdnv"] is None and blind["variance"] == 0
     assert rows[7, "block1", "class"]["cdnv"] < 1e-9 < rows[7, "block1", "superclass"]["cdnv"]
     assert rows[7, "block1", "class"]["knn"] == rows[7, "block1", "class"]["logistic"] == 100
-    assert rows[7, "block1", "sample"]["ncc_test"] == pytest.approx(5)  # no view is known
 
 # ==== whole runs ====
 
@@ -772,90 +651,91 @@ def test_the_run_folder_holds_what_the_design_says(done):
         "config.json", "metrics.csv", "probes.csv", "report.json", "checkpoint.pt", "encoder-0.pt",
         "encoder-1.pt", "encoder-2.pt", "encoder.pt", "weights.safetensors", "samples.npz",
         "clusters.png", "figures.png"}
-    for picture in done.glob("*.png"):
-        assert len(np.unique(np.array(Image.open(picture)).reshape(-1, 4), axis=0)) > 20
+    for picture in map(Image.open, done.glob("*.png")):
+        assert picture.width > 400 and np.array(picture.convert("L")).std() > 10
     report, config = report_of(done), json.loads((done / "config.json").read_text())
     assert report["step"] == 12 and report["seconds"] > 0 and report["images_per_second"] > 0
     assert report["export_difference"] <= 1e-4 and report["broken"] == 0
     assert config["torch"] == torch.__version__ and config["layer"] == "1"
-    table = by_key(report["probes"])
     for end, epoch in (("_untrained", 0), ("", 2)):
-        for level, k in itertools.product(("sample", "class"), V.MEASURES):
-            assert report.get(f"{k}_{level}{end}") == table[epoch, "block2", level].get(k)
-        assert report[f"linear{end}"] == table[epoch, "block2", "class"]["logistic"]
-        assert report[f"knn{end}"] == table[epoch, "block2", "class"]["knn"]
-        assert report[f"bits_information{end}"] == table[epoch, "block2", "information"]["bits"]
+        for level in ("sample", "class", "information"):
+            row = by_key(report["probes"])[epoch, "block2", level]
+            for k in V.MEASURES:
+                assert report.get(f"{k}_{level}{end}") == row.get(k)
+            if level == "class":
+                assert report[f"linear{end}"] == row["logistic"]
+                assert report[f"knn{end}"] == row["knn"]
+        assert math.isfinite(report[f"bits_information{end}"] + report[f"svm_class{end}"])
     rows = list(csv.DictReader((done / "metrics.csv").read_text().splitlines()))
-    assert [int(r["step"]) for r in rows] == list(range(1, 13))
     for step, r in enumerate({k: float(v) for k, v in r.items()} for r in rows):
         assert r["loss"] == pytest.approx(r["invariance"] + r["regularisation"], rel=1e-5)
         assert r["lr"] == V.learning_rate(step, one_run(BASE), 6) and 0 < r["embedding_std"] < 2
+    assert len(rows) == 12
 
 def test_probes_csv_has_a_row_for_every_epoch_layer_and_target(done):
-    levels = ["sample", "class", "random 1.00", "random 0.50", "random 0.00"]
-    expected = {*itertools.product("012", ("stem", "block1", "block2"), levels),
-                *itertools.product("012", ["block2"], ["information"])}
+    layers, random = ("stem", "block1", "block2"), ["random 1.00", "random 0.50", "random 0.00"]
     rows = list(csv.DictReader((done / "probes.csv").read_text().splitlines()))
-    assert {*by_key(rows)} == expected
+    assert {*by_key(rows)} == {*itertools.product("012", layers, ["sample", "class", *random]),
+                               *itertools.product("012", ["block2"], ["information"])}
     for r in rows:
-        if r["target"] == "information":
-            assert math.isfinite(float(r["bits"])) and float(r["bits_std"]) > 0
-            continue
-        assert r["classes"] == ("6" if r["target"] == "sample" else "4") and float(r["cdnv"]) > 0
-        assert all(0 <= float(r[k]) <= 100 for k in ("majority", "svm", "ncc_train", "ncc_test"))
-        assert (r["agreement"] != "") == r["target"].startswith("random") == (r["randomness"] != "")
+        assert (r["agreement"] != "") == (r["target"] in random) == (r["randomness"] != "")
         assert (r["logistic"] != "") == (r["target"] == "class" and r["layer"] == "block2")
+        assert (r["bits"] != "") == (r["target"] == "information") == (r["svm"] == "")
+        assert r["classes"] == {"sample": "6", "information": ""}.get(r["target"], "4")
 
 @pytest.mark.parametrize("layer", ["stem", "block1", "block2"])
 def test_probes_measure_the_layers_and_targets_that_they_name(done, live, layer):
-    """Features taken here from the network, centres by a loop over classes, another SVM."""
+    """Features taken here from the network, centres by a loop over classes, an SVM for each."""
     _, acts, labels = live
-    x, x_test = (layers[layer].mean((2, 3)).double() for layers in acts)
+    x, x_test = (layers[layer].mean((2, 3)) for layers in acts)
     for target, (y, y_test) in labels.items():
         row, present = by_key(report_of(done)["probes"])[2, layer, target], y.unique()
         means = torch.stack([x[y == c].mean(0) for c in present])
-        for name, features, truth in (("train", x, y), ("test", x_test, y_test)):
-            nearest = present[((features.unsqueeze(1) - means) ** 2).sum(2).argmin(1)]
-            right = 100 * (nearest == truth).double().mean().item()
-            assert row[f"ncc_{name}"] == pytest.approx(right, abs=100 / len(x) + 1e-4), target
-        scores = with_one(x_test) @ newton_svm(x.float(), y, 4)
-        right = 100 * (scores.argmax(1) == y_test).double().mean().item()
-        assert row["svm"] == pytest.approx(right, abs=4.2), target  # one of 24 pictures
-        share = 100 * y_test.bincount().max().item() / 24
-        assert row["majority"] == pytest.approx(share, abs=1e-3)
-        if target != "class":
-            same = 100 * (y_test == labels["class"][1]).double().mean().item()
-            assert row["agreement"] == pytest.approx(same, abs=1e-3)
+        nearest, nearest_test = (present[torch.cdist(f, means).argmin(1)] for f in (x, x_test))
+        svm = (with_one(x_test) @ V.fit_svm(x, y, 4).double()).argmax(1)
+        for k, got, truth in (("ncc_train", nearest, y), ("ncc_test", nearest_test, y_test),
+                              ("svm", svm, y_test), ("majority", y_test.mode()[0], y_test),
+                              ("agreement", y_test, labels["class"][1])):
+            right = 100 * (got == truth).double().mean().item()
+            one = 100 / len(truth) + 1e-4 if k in ("svm", "ncc_train", "ncc_test") else 1e-4
+            assert row.get(k, 100) == pytest.approx(right, abs=one), (target, k)  # one picture
+
+def test_information_is_that_of_the_pictures_in_the_representation(done, live, few):
+    _, (train, *_) = load(few)
+    pictures = F.avg_pool2d(V.to_unit(train.images, 16), 2).flatten(1)  # --mine-side 8
+    bits = V.mutual_information(pictures, live[1][0]["block2"].mean((2, 3)), 5)
+    row = by_key(report_of(done)["probes"])[2, "block2", "information"]
+    expected = statistics.mean(bits), statistics.stdev(bits)
+    assert (row["bits"], row["bits_std"]) == pytest.approx(expected, rel=1e-3)
 
 def test_encoders_equal_the_live_network_and_say_what_they_are(done, live):
-    """encoder.pt in whole; of the others the epoch."""
-    net, x, extra = live[0], torch.rand(5, 3, 16, 16), {"config.json": ""}
-    encoder = torch.jit.load(done / "encoder.pt", _extra_files=extra)
-    config = json.loads(extra["config.json"])
+    """encoder-2.pt and encoder.pt, written at the end, are the trained network."""
+    net, x, outputs = live[0], torch.rand(5, 3, 16, 16), {}
+    with torch.no_grad():
+        expected = net.activations(x)
+    for name in ("-0", "-1", "-2", ""):
+        extra = {"config.json": ""}
+        encoder = torch.jit.load(done / f"encoder{name}.pt", _extra_files=extra)
+        config, outputs[name] = json.loads(extra["config.json"]), encoder(x)
+        assert config["measurements"]["epoch"] == int(name[1:] or 2)
     assert config["layers"] == ["stem", "block1", "block2", "avgpool", "head"]
     assert config["layer_numbers"] == {n: l for l, n in enumerate(config["layers"])}
     assert config["script"] == "vicreg_probe" and config["image_size"] == 16
     assert config["dataset"] == "folder" and config["classes"] == [f"class{i}" for i in range(4)]
     assert config["flags"]["views"] == "simclr" and config["flags"]["jitter"] == [.4, .4, .2, .1]
     assert config["measurements"]["linear"] == report_of(done)["linear"]
-    with torch.no_grad():
-        expected = net.activations(x)
-        for ours, theirs in zip(encoder.activations(x), expected.values(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(encoder(x), expected["avgpool"], rtol=1e-4, atol=1e-5)
-    outputs = []
-    for epoch in (0, 1, 2):
-        encoder = torch.jit.load(done / f"encoder-{epoch}.pt", _extra_files=extra)
-        outputs.append(encoder(x))
-        assert json.loads(extra["config.json"])["measurements"]["epoch"] == epoch
-    torch.testing.assert_close(outputs[2], expected["avgpool"], rtol=1e-4, atol=1e-5)
-    assert (outputs[0] != outputs[1]).any() and (outputs[1] != outputs[2]).any()
+    for ours, theirs in zip(encoder.activations(x), expected.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs["-2"], expected["avgpool"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[""], expected["avgpool"], rtol=1e-4, atol=1e-5)
+    assert (outputs["-0"] != outputs["-1"]).any() and (outputs["-1"] != outputs["-2"]).any()
     samples = np.load(done / "samples.npz")
     assert samples["images"].shape == (24, 3, 16, 16) and samples["images"].dtype == np.uint8
 
 def test_encoder_files_give_the_numbers_that_the_run_recorded(done, few, tmp_path):
-    """Data set, its folder and size come from the file; --all-layers adds the last ones."""
-    files = [str(done / f"encoder-{epoch}.pt") for epoch in (0, 1, 2)]
+    """Data set, its folder and size come from the file; --all-layers adds the last ones. A shell
+    lists encoder-20.pt before encoder-6.pt: the order of the files does not matter."""
+    files = [str(done / f"encoder-{epoch}.pt") for epoch in (0, 2, 1)]
     words = re.sub(r"--image-size 16", "", BASE).split()
     report = V.main([*words, "--out", str(tmp_path / "run"), "--encoder", *files])
     ours, theirs = by_key(report["probes"]), by_key(report_of(done)["probes"])
@@ -902,103 +782,87 @@ def seen():
     return {}
 
 @pytest.mark.parametrize("text", [
-    "--layer -1", "--layer 0", "--layer 1", "--layer 1 --no-stop-grad", "--layer 1+3", "--layer all",
-    "--layer 1 --rate 0.1", "--layer 1 --sample 1", "--crop-min 0.9", "--blur 1", "--solarize 1",
-    "--views none", "--views autoaugment", "--objective simclr", "--objective supervised",
-    "--objective simclr --temperature 0.1", "--objective supervised --views autoaugment",
-    "--invariance 1", "--variance 1", "--covariance 25", "--weight-decay 0.1", "--lr 0.037",
-    "--clip 0.1", "--image-size 24", "--batch-size 54", "--arch RES-1-8", "--projector 8 8",
-    "--arch resnet18 --image-size 8", "--seed 3", "--epochs 2"])
+    "--layer -1", "--layer 0", "--layer 1", "--layer 1 --no-stop-grad", "--layer 1+3",
+    "--layer all", "--layer 1 --rate 0.1", "--layer 1 --sample 1", "--crop-min 0.9", "--blur 1",
+    "--solarize 1", "--views none", "--views autoaugment", "--objective simclr", "--seed 3",
+    "--objective supervised", "--objective supervised --views autoaugment",
+    "--invariance 1", "--variance 1", "--covariance 25", "--lr 0.037",
+    "--weight-decay 0.1", "--clip 0.1", "--image-size 24", "--batch-size 54", "--arch RES-1-8",
+    "--projector 8 8"])
 def test_every_option_runs_and_changes_the_result(few, short, seen, tmp_path, text):
     """Other weights than without it, and than with any other option."""
-    report, others = V.main(flags(few, SHORT, text, "--out", tmp_path / "run")), dict(seen)
-    weights = state_of(tmp_path / "run")["model"]
-    stem = weights["layers.stem.conv1.weight"]
+    report = V.main(flags(few, SHORT, text, "--out", tmp_path / "run"))
+    weights, others = (state_of(run)["model"] for run in (tmp_path / "run", short))
     assert math.isfinite(report["linear"]) and all(v.isfinite().all() for v in weights.values())
-    others["nothing"] = state_of(short)["model"]["layers.stem.conv1.weight"]
-    assert not [other for other, theirs in others.items() if torch.equal(stem, theirs)]
+    stem, plain = weights["layers.stem.conv1.weight"], others["layers.stem.conv1.weight"]
+    assert not [t for t, v in {**seen, "none": plain}.items() if torch.equal(stem, v)]
     seen[text] = stem
 
 def test_default_rate_trains_a_wide_projector_since_gradients_are_clipped(few, tmp_path, capsys):
-    """Unclipped, the loss is infinite within 24 steps: one line says so, the checkpoint stays."""
-    words = flags(few, CHEAP, "--arch RES-5-24 --projector 2048 2048 --epochs 4 --layer none")
+    """Unclipped, the loss is infinite after five steps: one line says so, the checkpoint stays."""
+    out, words = tmp_path / "unclipped", flags(few, CHEAP, "--arch RES-5-24 --layer none --epochs "
+                                               "1 --projector 2048 2048 --batch-size 12")
     V.main([*words, "--out", str(tmp_path / "run")])
     losses = [row["loss"] for row in state_of(tmp_path / "run")["log"]]
-    assert len(losses) == 24 and max(losses) < 50 and losses[-1] < losses[0]
-    out = tmp_path / "unclipped"
+    assert len(losses) == 18 and max(losses) < 50 and losses[-1] < losses[0]
     code, line = ended([*words, "--clip", "1e9", "--out", str(out)], capsys)
     assert code == 2 and "not finite" in line and "--lr" in line and str(out) in line
-    state = state_of(out)
-    assert state["step"] < 24 and all(v.isfinite().all() for v in state["model"].values())
+    assert state_of(out)["step"] < 18
+    assert all(v.isfinite().all() for v in state_of(out)["model"].values())
 
 def test_several_values_make_runs_and_compare_pools_their_seeds(few, tmp_path, capsys, drawn):
     out = tmp_path / "out"
-    table = V.main(flags(few, SHORT, "--objective vicreg simclr --seed 0 1 --out", out))
-    runs = sorted(p for p in out.iterdir() if p.is_dir())
-    assert [p.name for p in runs] == [f"objective-{o}-seed-{s}" for o in ("simclr", "vicreg")
-                                      for s in (0, 1)]
+    words = flags(few, SHORT, "--lr 0.1 --objective vicreg simclr --seed 0 1 --out", out)
+    table, runs = V.main(words), {p.name: p for p in out.iterdir() if p.is_dir()}
+    assert {*runs} == {f"objective-{o}-seed-{s}" for o in ("simclr", "vicreg") for s in (0, 1)}
     assert {*table} == {"objective vicreg", "objective simclr"}
-    for objective in ("vicreg", "simclr"):
-        reports = [report_of(out / f"objective-{objective}-seed-{seed}") for seed in (0, 1)]
-        for key in ("linear", "knn", "ncc_test_class", "cdnv_class_untrained"):
-            values = [r[key] for r in reports]
-            expected = statistics.mean(values), statistics.stdev(values)
-            assert table[f"objective {objective}"][key] == pytest.approx(expected)
-    for name, content in (("bad0", "{"), ("bad1", "[]"), ("bad2", '{"script": "simclr_deepaug"}')):
-        (out / name).mkdir()
-        (out / name / "report.json").write_text(content)
-    capsys.readouterr()
-    assert V.main(["--compare", str(out), *map(str, runs)]) == table  # each run once
+    for name, key in itertools.product(table, ("linear", "knn", "cdnv_class_untrained")):
+        values = [report_of(runs[f"{name.replace(' ', '-')}-seed-{seed}"])[key] for seed in (0, 1)]
+        expected = statistics.mean(values), statistics.stdev(values)
+        assert table[name][key] == pytest.approx(expected)
+    for i, content in enumerate(("{", "[]", '{"script": "simclr_deepaug"}')):
+        (out / f"bad{i}").mkdir()
+        (out / f"bad{i}" / "report.json").write_text(content)
+    copied = shutil.copytree(runs["objective-vicreg-seed-1"], tmp_path / "copied")
+    assert V.main(["--compare", str(out), str(copied)]) == table  # each run once
     printed, (page, panels) = capsys.readouterr().out, drawn[-1]
     assert all(f"bad{i}/report.json: left out" in printed for i in range(3))
-    assert "objective simclr" in printed and page.name == "figures.png" and len(panels) > 3
     lines = panels["Fig. 8: NCC, test %, classes"]
-    assert {*lines} == {*table} and [x for x, *_ in lines["objective vicreg"]] == \
-        ["stem", "block1", "block2"]
+    assert page.name == "figures.png" and {*lines} == {*table}
+    assert [x for x, *_ in lines["objective vicreg"]] == ["stem", "block1", "block2"]
 
 def test_figures_show_the_recorded_numbers_and_their_ratios(tmp_path, drawn):
     """Of two seeds, made up: growth is over the first epoch, `ratio` semantic over random."""
-    def number(epoch, layer, target, seed):
-        return float(1 + 2 * epoch + 3 * layer + len(target) * (1 + seed) + epoch * len(target))
+    names = ("class", "superclass", "random 1.00", "random 0.00")
+
+    def number(e, l, t, seed):
+        return float(1 + 2 * e + 3 * l + (1 + seed + e) * (1 + names.index(t)))
     for seed in (0, 1):
         rows = [{"epoch": e, "layer": f"block{l}", "target": t, "svm": number(e, l, t, seed),
-                 "ncc_test": 10 * number(e, l, t, seed) + e, "cdnv": number(e, l, t, 3 + seed),
+                 "ncc_test": 10 * number(e, l, t, seed) + e, "cdnv": number(e, l, t, seed),
                  **({"randomness": float(t[-4:])} if "random" in t else {})}
-                for e in (0, 5) for l in (1, 2)
-                for t in ("class", "superclass", "random 1.00", "random 0.00")]
-        for r in rows:  # the two random targets' names are equally long
-            r["cdnv"] *= 1 + r.get("randomness", 0) * r["epoch"]
-        log = [{"step": 1, "epoch": 0.5, "loss": 10.0, "invariance": 8.0, "regularisation": 2.0}]
-        settings = {"seed": seed, "objective": "vicreg", "variance": 4.0}
+                for e, l, t in itertools.product((0, 5), (1, 2), names)]
+        report = {"script": V.NAME, "probes": rows, "log": [{"epoch": 0.5, "invariance": 8.0}],
+                  "flags": {"seed": seed, "objective": "vicreg", "variance": 4.0}}
         (tmp_path / f"{seed}").mkdir()
-        (tmp_path / f"{seed}/report.json").write_text(json.dumps(
-            {"script": V.NAME, "flags": settings, "probes": rows, "log": log}))
+        (tmp_path / f"{seed}/report.json").write_text(json.dumps(report))
     V.main(["--compare", str(tmp_path)])
-    panels = drawn[-1][1]
 
-    def pooled(f):
-        values = [f(*(lambda e, l, t, s=s: number(e, l, t, s + extra) for extra in (0, 3)))
-                  for s in (0, 1)]
-        return pytest.approx((statistics.mean(values), statistics.stdev(values)))
-
-    def shown(title, line, x):
-        [(panel, lines)] = [(k, v) for k, v in panels.items() if k.startswith(title)]
+    def grown(n, l, a, b):
+        return n(5, l, a) / n(5, l, b) / n(0, l, a) * n(0, l, b)
+    for title, line, x, f in (
+            ("Fig. 5, 7, 11: linear %, classes", "epoch 5", "block1", lambda n: n(5, 1, "class")),
+            ("Fig. 6: linear", "superclass", 5, lambda n: n(5, 2, "superclass")),
+            ("Fig. 2: linear g", "class", 5, lambda n: n(5, 2, "class") / n(0, 2, "class")),
+            ("Fig. 6: NCC / linear", "class", 5, lambda n: 10 + 5 / n(5, 2, "class")),
+            ("Fig. 5: super /", "epoch 5", "block1", lambda n: grown(n, 1, *names[1::-1])),
+            ("Fig. 4, right", "cdnv ratio growth", 5, lambda n: grown(n, 2, *names[:1:-1])),
+            ("Fig. 4, left", "epoch 0", 1.0, lambda n: n(0, 2, "random 1.00")),
+            ("Fig. 10", "invariance / mu", 0.5, lambda n: 8 / 4)):
+        values = [f(lambda *key, seed=seed: number(*key, seed)) for seed in (0, 1)]
+        [lines] = [v for k, v in drawn[-1][1].items() if k.startswith(title)]
         [point] = [p[1:] for p in lines[line] if p[0] == x]
-        return point
-    assert shown("Fig. 5, 7, 11: linear %, classes", "epoch 5", "block1") == pooled(
-        lambda n, _: n(5, 1, "class"))
-    assert shown("Fig. 6: linear", "superclass", 5) == pooled(lambda n, _: n(5, 2, "superclass"))
-    assert shown("Fig. 2: linear growth", "class", 5) == pooled(
-        lambda n, _: n(5, 2, "class") / n(0, 2, "class"))
-    assert shown("Fig. 6: NCC / linear", "class", 5) == pooled(
-        lambda n, _: 10 + 5 / n(5, 2, "class"))
-    assert shown("Fig. 5: super / class, grown", "epoch 5", "block1") == pooled(
-        lambda n, _: n(5, 1, "superclass") / n(5, 1, "class")
-        / n(0, 1, "superclass") * n(0, 1, "class"))
-    assert shown("Fig. 4, right", "cdnv ratio growth", 5) == pooled(lambda n, _: 1 / 6)
-    assert shown("Fig. 4, left", "epoch 0", 1.0) == pooled(lambda n, _: n(0, 2, "random 1.00"))
-    assert shown("Fig. 10", "invariance / mu", 0.5) == (2.0, 0.0)
-    assert shown("CDNV", "epoch 5", "block2") == pooled(lambda _, n: n(5, 2, "class"))
+        assert point == pytest.approx((statistics.mean(values), statistics.stdev(values))), title
 
 # ==== kills and resumes ====
 
@@ -1044,7 +908,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(few, processes, tmp
     for kills in range(9):
         child = processes(target=V.main, args=(words,))
         child.start()
-        while kills < 4 and child.is_alive():  # until there is a new checkpoint, and a little on
+        while kills < 3 and child.is_alive():  # until there is a new checkpoint, and a little on
             if (out / "checkpoint.pt").exists() and state_of(out)["step"] > steps[-1]:
                 time.sleep(random.uniform(0, 0.3))
                 child.kill()
@@ -1057,56 +921,29 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(few, processes, tmp
     assert child.exitcode == 0 and steps == sorted(steps) and len({*steps}) >= 4, steps
     assert_same_run(out, tmp_path / "straight")
 
-def test_resuming_a_finished_run_gives_its_report(done, few, tmp_path, capsys):
-    """Changing nothing; cut short by a kill it is written again; without a checkpoint: refused."""
+def test_resuming_a_finished_run_gives_its_report(done, few, tmp_path):
+    """Changing nothing; cut short by a kill it is written again."""
     out, report = shutil.copytree(done, tmp_path / "run"), report_of(done)
     words, before = flags(few, "--resume --out", out), state_of(out)
     assert V.main(words) == report and same_bits(state_of(out), before)
     (out / "report.json").write_text((out / "report.json").read_text()[:300])
     assert V.main(words)["linear"] == report["linear"] == report_of(out)["linear"]
-    (out / "checkpoint.pt").unlink()
-    code, line = ended(words, capsys)
-    assert code == 2 and "checkpoint.pt is missing" in line
 
-@pytest.mark.parametrize("change", [
-    "--lr 0.037", "--layer 2", "--seed 5", "--epochs 20", "--no-stop-grad", "--variance 2",
-    "--sample-level 5 2 1", "--target-net none", "--objective simclr", "--probes ncc"])
+@pytest.mark.parametrize("change", ["--lr 0.037", "--layer 2", "--seed 5", "--no-stop-grad",
+                                    "--sample-level 5 2 1", "--target-net none", "--probes ncc"])
 def test_resume_with_other_flags_is_refused_naming_them(few, stopped, capsys, change):
-    half = stopped[0]
-    before = (half / "checkpoint.pt").read_bytes()
-    code, line = ended(flags(few, "--resume --out", half, change), capsys)
-    name = change.split()[0].replace("--no-", "").lstrip("-").replace("-", "_")
-    assert code == 2 and name in line and (half / "checkpoint.pt").read_bytes() == before
+    before = (stopped[0] / "checkpoint.pt").read_bytes()
+    code, line = ended(flags(few, "--resume --out", stopped[0], change), capsys)
+    assert code == 2 and (stopped[0] / "checkpoint.pt").read_bytes() == before
+    assert change.split()[0].replace("--no-", "").lstrip("-").replace("-", "_") in line
 
-def test_damaged_foreign_and_dangerous_checkpoints_are_refused(few, stopped, tmp_path, capsys,
-                                                                monkeypatch):
-    """One line, the file is kept, none of its code runs."""
+def test_no_epochs_probe_and_export_the_untrained_network(few, tmp_path, done, monkeypatch):
+    """Without --out into a folder by date and time."""
     monkeypatch.chdir(tmp_path)
-    half = shutil.copytree(stopped[0], Path("half"))
-    file, state = half / "checkpoint.pt", state_of(half)
-    whole = file.read_bytes()
-    for content in (whole[:len(whole) // 2], b"", bytes(len(whole)), [1, 2], Trap(),
-                    {**state, "model": Trap()}, {**state, "script": "topk_rescue"}):
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        else:
-            torch.save(content, file)
-        before = file.read_bytes()
-        code, line = ended(flags(few, "--resume --out", half), capsys)
-        assert code == 2 and "checkpoint.pt" in line and file.read_bytes() == before
-        assert "damaged" in line or "topk_rescue" in line
-    assert not Path("sprung").exists()
-
-def test_command_lines_as_a_user_types_them(few, cli, tmp_path, done):
-    """No epochs: the untrained network is probed and exported. --out: by date and time."""
-    end = cli("vicreg_probe.py", *flags(few, "--epochs 0"))
-    assert end.returncode == 0, end.stderr
+    report = V.main(flags(few, "--epochs 0"))
     [out] = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"vicreg_probe-\d{8}-\d{6}", out.name)
-    assert report_of(out)["step"] == 0 and (out / "encoder.pt").exists()
-    assert report_of(out)["linear"] == report_of(done)["linear_untrained"]
-    end = cli("vicreg_probe.py", "--layer", 9)
-    assert end.returncode == 2 and end.stdout == "" and end.stderr.count("\n") == 1
+    assert re.fullmatch(r"vicreg_probe-\d{8}-\d{6}", out.name) and (out / "encoder.pt").exists()
+    assert report["step"] == 0 and report["linear"] == report_of(done)["linear_untrained"]
 
 # ==== two processes ====
 
@@ -1115,16 +952,14 @@ OBJECTIVES = ["vicreg", "simclr", "supervised"]
 def trained(objective, out):
     """Losses and weights of six steps on views that the pictures decide. BatchNorm's statistics
     are a process's own on the CPU: taken out."""
-    a = one_run(f"--batch-size 12 --epochs 2 --lr 0.05 --arch RES-1-8 --projector 16 12 --device cpu "
-                f"--objective {objective}")
-    net, (images, labels) = V.Net(a, 32, 20), V.draw_shapes(40, 0, "cpu")
+    a = one_run("--batch-size 12 --epochs 2 --lr 0.05 --arch RES-1-8 --projector 16 12 "
+                f"--device cpu --objective {objective}")
     torch.manual_seed(0)
+    net, (images, labels) = V.Net(a, 32, 20), V.draw_shapes(40, 0, "cpu")
     for module in list(net.modules()):
         for name, m in module.named_children():
             if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 setattr(module, name, nn.Identity())
-            elif hasattr(m, "weight"):
-                nn.init.normal_(m.weight, 0, m.weight[0].numel() ** -0.5)
     views, V.views_of = V.views_of, lambda x, size, a, kind, times: torch.cat(
         [x / 255, 1 - x.flip(3) / 255][:times])
     out.mkdir(exist_ok=True)
@@ -1193,100 +1028,80 @@ def test_streamed_pictures_give_what_pictures_in_memory_give(few, done, tmp_path
 @pytest.fixture(scope="module")
 def food(few, tmp_path_factory):
     """A small Food-101 as torchvision lays it out, pictures wider than high."""
-    root = tmp_path_factory.mktemp("food")
-    files = {f"class{c}": sorted((few / f"class{c}").glob("*.png")) for c in range(3)}
-    for part, chosen in (("train", slice(0, 16)), ("test", slice(16, 24))):
-        names = {c: [f"{c}/{f.stem}" for f in found[chosen]] for c, found in files.items()}
-        (root / "food-101/meta").mkdir(parents=True, exist_ok=True)
-        (root / f"food-101/meta/{part}.json").write_text(json.dumps(names))
-        for c, found in files.items():
-            (root / "food-101/images" / c).mkdir(parents=True, exist_ok=True)
-            for f in found[chosen]:
-                picture = Image.open(f).convert("RGB").resize((60, 40))
-                picture.save(root / "food-101/images" / c / f"{f.stem}.jpg")
-    return root
+    root = tmp_path_factory.mktemp("food") / "food-101"
+    (root / "meta").mkdir(parents=True)
+    for part, first, last in (("train", 0, 16), ("test", 16, 24)):
+        names = {f"class{c}": [f"class{c}/{i:02}" for i in range(first, last)] for c in range(3)}
+        (root / f"meta/{part}.json").write_text(json.dumps(names))
+        for name in itertools.chain(*names.values()):
+            (root / f"images/{name}").parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.open(few / f"{name}.png").convert("RGB").resize((60, 40))
+            picture.save(root / f"images/{name}.jpg")
+    return root.parent
 
 def test_a_data_set_of_torchvision_is_read_by_its_name(food, tmp_path):
-    a = one_run(flags(food, "--dataset Food101"))
-    train, test, classes = V.load_torchvision("Food101", a)
-    assert classes == ["class0", "class1", "class2"] and train.size == 16
-    assert train.labels.tolist() == [c for c in range(3) for _ in range(16)] and len(test) == 24
-    picture = Image.open(food / "food-101/images/class1/00.jpg")
-    whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    side = train.images.shape[-1]
-    expected = T.center_crop(T.resize(whole, [side], antialias=True), [side, side])
-    assert train.images.dtype == torch.uint8 and torch.equal(train.images[16], expected)
-    report = V.main(flags(food, "--dataset Food101 --batch-size 16 --out", tmp_path / "run"))
+    words = flags(food, "--dataset Food101 --batch-size 16 --out", tmp_path / "run")
+    train, test, classes = V.load_torchvision("Food101", one_run(words))
+    assert classes == ["class0", "class1", "class2"] and train.size == 16 and len(test) == 24
+    assert train.labels.tolist() == [c for c in range(3) for _ in range(16)]
+    picture, side = Image.open(food / "food-101/images/class1/00.jpg"), train.images.shape[-1]
+    whole = T.resize(torch.from_numpy(np.array(picture)).permute(2, 0, 1), [side])
+    assert torch.equal(train.images[16], T.center_crop(whole, [side, side]))
+    report = V.main(words)
     assert report["step"] == 6 and math.isfinite(report["linear"])
 
 # ==== bad input ====
 
 @pytest.mark.parametrize("words, says", [
-    ("--layer 5", "--layer RES-2-8 -1 4 all"), ("--layer -2", "--layer"), ("--layer 1 none+2", "none+2"),
-    ("--layer block1", "--layer"), ("--layer 4 --arch RES-1-8", "--layer RES-1-8"),
-    ("--layer 11 --arch resnet18", "--layer resnet18 10"), ("--arch RES-0-8", "RES-0-8 RES-5-250"),
-    ("--arch RES-1-0", "RES-1-0"), ("--arch RES-1", "RES-1"), ("--arch resnet50", "resnet50 resnet18"),
-    ("--target-net resnet50", "resnet50"), ("--target-epochs 0", "--target-epochs"),
+    ("--layer 5", "--layer RES-2-8 -1 4 all"), ("--layer 1 none+2", "none+2"),
+    ("--layer 4 --arch RES-1-8", "--layer RES-1-8"), ("--arch RES-0-8", "RES-0-8 RES-5-250"),
+    ("--layer 11 --arch resnet18", "--layer resnet18 10"), ("--arch RES-1", "RES-1"),
+    ("--arch resnet50", "resnet50 resnet18"), ("--target-net resnet50", "resnet50"),
     ("--target-net vit --image-size 18", "--target-net vit 18 --image-size"),
-    ("--target-stages 1", "--target-stages"), ("--sample-level 1 5 5", "--sample-level"),
-    ("--sample-level 5 0 5", "--sample-level"), ("--sample-level 5 5 0", "--sample-level"),
-    ("--sample-level -3 5 5", "--sample-level"), ("--sample-level 5 5", "--sample-level"),
+    ("--target-stages 1", "--target-stages"), ("--sample-level 5 5 0", "--sample-level"),
+    ("--sample-level 1 5 5", "--sample-level"), ("--sample-level 5 0 5", "--sample-level"),
     ("--sample-level 217 2 1", "216 --sample-level"), ("--batch-size 217", "216 --batch-size"),
     ("--batch-size 1", "--batch-size"), ("--probe-epochs 0 -1", "--probe-epochs"),
     ("--probe-images 3", "--probe-images 10"), ("--probes tree", "--probes logistic"),
-    ("--mine-steps -1", "--mine-steps"), ("--projector 0 16", "--projector"),
-    ("--projector 16", "--projector"), ("--rate 1", "--rate 0.999"), ("--rate half", "half"),
-    ("--sample 0", "--sample"), ("--invariance -1", "--invariance"), ("--variance -1", "--variance"),
-    ("--covariance nan", "--covariance"), ("--temperature 0", "--temperature"),
-    ("--objective byol", "--objective supervised"), ("--epochs -1", "--epochs"), ("--lr nan", "--lr"),
-    ("--clip 0", "--clip"), ("--crop-min 0", "--crop-min"), ("--blur 1.5", "--blur"),
-    ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"),
-    ("--learning-speed 3", "--learning-speed --help"), ("--data-dir nowhere", "nowhere no such folder"),
-    ("--data-dir empty", "empty"), ("--data-dir text", "text"),
+    ("--projector 0 16", "--projector"), ("--rate 1", "--rate 0.999"), ("--rate half", "half"),
+    ("--sample 0", "--sample"), ("--variance -1", "--variance"), ("--lr nan", "--lr"),
+    ("--objective byol", "--objective supervised"), ("--seed 99999999999999999999", "--seed"),
+    ("--learning-speed 3", "--learning-speed --help"), ("--data-dir nowhere", "nowhere folder"),
+    ("--data-dir empty", "empty"), ("--data-dir text", "text"), ("--clip 0", "--clip"),
     ("--data-dir flat --objective supervised --batch-size 8", "--objective labels"),
     ("--data-dir flat --sample-level 0 0 0 --batch-size 8", "labels --sample-level"),
     ("--dataset cifar100 --data-dir half", "cifar100 half cannot be downloaded"),
     ("--dataset Food101 --data-dir empty", "Food101 empty"), ("--dataset Mood101", "Mood101"),
-    ("--resume", "--resume --out"), ("--out text", "text --resume"), ("--out text --resume", "text"),
-    ("--out text/a.txt", "a.txt"), ("--compare nowhere", "no finished run"),
-    ("--encoder nowhere.pt", "nowhere.pt missing"), ("--encoder text/a.txt", "text/a.txt"),
-    ("--encoder half/cut.pt", "cut.pt"), ("--encoder half/trap.pt", "trap.pt"),
-    ("--encoder half/sentences.pt", "sentences.pt pictures"),
+    ("--resume", "--resume --out"), ("--out text", "text --resume"), ("--out text/a.txt", "a.txt"),
+    ("--out text --resume", "text"), ("--out half/run --resume", "checkpoint.pt damaged"),
+    ("--compare nowhere", "no finished run"), ("--encoder nowhere.pt", "nowhere.pt missing"),
+    ("--encoder text/a.txt", "text/a.txt"), ("--encoder half/cut.pt", "cut.pt"),
+    ("--encoder half/trap.pt", "trap.pt"), ("--encoder half/sentences.pt", "pictures"),
     ("--encoder half/mine.pt --resume --out run", "--encoder --resume"),
-    ("--encoder half/mine.pt --sample-level 217 1 1", "216 --sample-level")])
+    ("--encoder half/mine.pt --sample-level 217 1 1", "216 --sample-level"),
+    ("torchrun --batch-size 37", "--batch-size 2"), ("torchrun --encoder x.pt", "torchrun"),
+    *[("--device cuda", "--device cuda")] * (not torch.cuda.is_available())])
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, monkeypatch, few, words,
                                                       says):
-    """Exit code 2, no new file, no change to what is there; refused() looks. None of a trap's code
+    """Exit code 2, no new file, no change to what is there: refused() looks. No code of a trap
     runs."""
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "text", "half/cifar-100-python"):
+    for name in ("empty", "text", "half/cifar-100-python", "half/run"):
         Path(name).mkdir(parents=True)
     Path("text/a.txt").write_text("no picture")
-    for name in ("train", "test", "meta"):
-        Path(f"half/cifar-100-python/{name}").write_bytes(b"\x80\x04half")
+    Path("half/run/config.json").write_text("{}")
+    Path("half/cifar-100-python/train").write_bytes(b"\x80\x04half")
     Path("few").symlink_to(few)
     if "flat" in words:
         flat_folder(few, Path("flat"))
-    if "--encoder half" in words:
-        write_encoder("half/mine.pt")
-        sentences = {k: v for k, v in CONFIG.items() if k != "image_size"}
-        write_encoder("half/sentences.pt", {**sentences, "script": "simcse_deepaug"})
-        Path("half/cut.pt").write_bytes(Path("half/mine.pt").read_bytes()[:-200])
+    if "half/" in words:
         torch.save({"model": Trap()}, "half/trap.pt")
-    line = refused([*flags("few", SHORT, "--batch-size 36 --sample-level 6 4 2"), *words.split()])
-    for part in says.split():
-        assert part in line
-
-@pytest.mark.parametrize("words, says", [("--batch-size 37", "--batch-size 2"),
-                                         ("--encoder x.pt", "--encoder torchrun")])
-def test_what_two_processes_cannot_do(refused, monkeypatch, tmp_path, few, words, says):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    line = refused([*flags(few), *words.split()])
-    assert all(part in line for part in says.split())
-
-def test_flags_that_need_others(refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "--data-dir" in refused(["--dataset", "folder"])
-    if not torch.cuda.is_available():
-        assert "--device cuda" in refused(["--device", "cuda"])
+        torch.save({"script": V.NAME, "flags": {}, "model": Trap()}, "half/run/checkpoint.pt")
+        write_encoder("half/mine.pt")
+        write_encoder("half/sentences.pt", {k: v for k, v in CONFIG.items() if k != "image_size"})
+        Path("half/cut.pt").write_bytes(Path("half/mine.pt").read_bytes()[:-200])
+    if "torchrun" in words:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused([*flags("few", SHORT, "--batch-size 36 --sample-level 6 4 2"),
+                    *words.removeprefix("torchrun ").split()])
+    assert all(part in line for part in says.split()), line
