@@ -29,7 +29,7 @@ network say, from untrained (random) to trained?
     python vicreg_probe.py --preset paper              the paper's setting, for a GPU
     python vicreg_probe.py --encoder runs/a/encoder-*.pt --target-net vit   other probes, later
 
-SVM on the last block, three seeds: 00.0 -> 00.0 ± 0.0 % of 20 classes, samples 00.0 -> 00.0.
+SVM on the last block, three seeds: 00.0 -> 00.0 ± 0.0 % of 20 classes, samples 00.0 -> 00
 """
 import argparse
 import copy

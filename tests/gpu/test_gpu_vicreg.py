@@ -45,8 +45,9 @@ class Enough(Exception):
     "--layer 1", "--layer all --blur 0.5 --solarize 0.2", "--objective simclr --no-stop-grad",
     "--objective supervised --views none", "--arch resnet18"])
 def test_a_training_step_never_waits_for_the_gpu(flags, tmp_path):
-    """train() itself: steps 4 to 12, an epoch's first ones too; log steps are every 50th."""
-    a, net, split = built(CUDA, f"--epochs 2500 {flags}")
+    """train() itself: steps 4 to 12, an epoch's first ones too; log steps, which wait as probes
+    do, are every 50th."""
+    a, net, split = built(CUDA, f"--epochs 2500 --probe-epochs 2500 {flags}")
     steps = []
 
     def after_step(*_):
@@ -163,4 +164,4 @@ def test_every_documented_network_trains_at_the_default_rate(flags, tmp_path):
         V.train(a, net, V.Split(32, labels, images), tmp_path, lambda epoch: None, state)
     losses = [row["loss"] for row in state["log"]]
     print(flags, *(f"{v:.2f}" for v in losses[::6]))
-    assert max(losses) < 1.5 * losses[0] and losses[-1] < losses[0]
+    assert all(v < float("inf") for v in losses) and losses[-1] < 0.95 * losses[0]
