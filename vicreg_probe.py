@@ -134,7 +134,7 @@ def settings(argv=None):
     add("--solarize", type=within(0, 1), default=0.0, help="probability")
     add("--image-size", type=count, default=0, help="of a view; 0: their own; Food101: 32")
     add = p.add_argument_group("network and objective").add_argument
-    add("--arch", nargs="+", default=["RES-5-24"], help="RES-L-H: L blocks, width H; resnet18")
+    add("--arch", nargs="+", default=["RES-5-16"], help="RES-L-H: L blocks, width H; resnet18")
     add("--projector", type=within(1, 10 ** 6, int), nargs=2, default=[256, 256], help="its sizes")
     add("--objective", nargs="+", choices=["vicreg", "simclr", "supervised"], default=["vicreg"])
     add("--invariance", type=within(0, 1e9), default=25.0, help="lambda of Eq. 1")
@@ -158,11 +158,11 @@ def settings(argv=None):
     add("--probe-images", type=within(10, 10 ** 9, int), help="training pictures of a probe; all")
     add("--sample-level", type=count, nargs=3, default=[100, 50, 10],
         metavar=("PICTURES", "TRAIN", "TEST"), help="views of each; 0 0 0: none")
-    add("--target-net", default="RES-2-24", help="makes targets: RES-L-H, resnet18, vit; none")
+    add("--target-net", default="RES-2-16", help="makes targets: RES-L-H, resnet18, vit; none")
     add("--target-epochs", type=within(1, 10 ** 6, int), default=6, help="its training")
     add("--target-stages", type=within(2, 1000, int), default=6, help="from untrained to trained")
     add("--balance-targets", action="store_true", help="of standardised logits")
-    add("--mine-steps", type=count, default=300, help="training of MINE; 0: no bits")
+    add("--mine-steps", type=count, default=200, help="training of MINE; 0: no bits")
     add("--mine-side", type=within(1, 1000, int), default=8, help="of the pictures it sees")
     add = p.add_argument_group("run").add_argument
     add("--out", help=f"folder; default: runs/{NAME}-DATE-TIME")
@@ -244,15 +244,15 @@ def fit_svm(x, y, classes, c=1.0, iterations=300):
     t, first = torch.ones(classes, device=x.device), None
     for i in range(iterations):
         score = xs @ u  # [N, classes]
-        slack = (score + 1).clamp_(min=0)  # -s max(0, 1 - s <w, x>), s = -1; s = 1 below
-        slack.scatter_(1, own, (score.gather(1, own) - 1).clamp_(max=0))
+        hinge = (score.gather(1, own) - 1).clamp_(max=0)  # -s max(0, 1 - s <w, x>):
+        slack = score.add_(1).clamp_(min=0).scatter_(1, own, hinge)
         gradient = scale.T @ (scale @ u) + 2 * c * (xs.T @ slack)
         new = u - gradient
         t = torch.where((gradient * (new - v)).sum(0) > 0, 1.0, t)
         following = (1 + (1 + 4 * t * t).sqrt()) / 2
         u, v, t = new + (t - 1) / following * (new - v), new, following
         first = gradient.norm() if first is None else first
-        if i % 10 == 9 and gradient.norm() <= 3e-6 * first:  # asking makes the GPU wait
+        if i % 10 == 9 and gradient.norm() <= 1e-6 * first:  # asking makes the GPU wait
             break
     return scale @ v
 
