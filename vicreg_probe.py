@@ -1179,7 +1179,7 @@ def figures(path, rows, runs):
         where = {k: True for k, of in (("last", "epoch"), ("kept", "layer")) if of not in free}
         if x != "randomness":
             where["target"] = target or (LEVELS if "target" in free else "class")
-        panels[f"{title} / {x}"] = panel(rows, x, ys, lines if one else ["run"], where)
+        panels[f"{title} by {x}"] = panel(rows, x, ys, lines if one else ["run"], where)
     draw(path, {title: lines for title, lines in panels.items() if lines})
 
 def draw_maps(path, rows):

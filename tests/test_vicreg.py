@@ -827,7 +827,7 @@ def test_several_values_make_runs_and_compare_pools_their_seeds(few, tmp_path, c
     assert V.main(["--compare", str(out), str(copied)]) == table  # each run once
     printed, (page, panels) = capsys.readouterr().out, drawn[-1]
     assert all(f"bad{i}/report.json: left out" in printed for i in range(3))
-    lines = panels["Fig. 8: NCC, test %, classes / layer"]
+    lines = panels["Fig. 8: NCC, test %, classes by layer"]
     assert page.name == "figures.png" and {*lines} == {*table}
     assert [x for x, *_ in lines["objective vicreg"]] == ["stem", "block1", "block2"]
 
