@@ -243,12 +243,11 @@ def test_resnet18_of_small_pictures_is_torchvisions_with_another_stem():
 
 
 @pytest.mark.parametrize("method, layers", [("simclr", 7), ("dinov2", 7)])
-def test_cka_and_vicreg_probe_read_the_encoders(done, tmp_path, monkeypatch, method, layers):
+def test_cka_and_vicreg_probe_read_the_encoders(done, tmp_path, method, layers):
     encoder = done[method] / "encoder.pt"
     measured = cka.main([str(encoder), "--images", "16", "--batch-size", "8", "--numbered", "--out",
                          str(tmp_path / "map.png")])
     assert (tmp_path / "map.png").exists() and np.asarray(measured["map"]).shape == (layers, layers)
-    monkeypatch.setattr(V, "draw_run", lambda folder: folder / "figures.png")
     report = V.main(["--encoder", str(encoder), "--device", "cpu", "--workers", "0", "--sample-level", "0", "0", "0",
                      "--target-net", "none", "--mine-steps", "0", "--probes", "ncc", "--probe-images", "60", "--out",
                      str(tmp_path / "probes")])
