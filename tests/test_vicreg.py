@@ -810,6 +810,18 @@ def test_default_rate_trains_a_wide_projector_since_gradients_are_clipped(few, t
     assert state_of(out)["step"] < 18
     assert all(v.isfinite().all() for v in state_of(out)["model"].values())
 
+def test_runs_of_one_seed_share_their_random_targets(few, tmp_path, monkeypatch):
+    """Trained once: on CUDA a second time would give others, and it takes as long again."""
+    seeds, random_targets = [], V.random_targets
+
+    def counted(a, data):
+        seeds.append(a.seed)
+        return random_targets(a, data)
+    monkeypatch.setattr(V, "random_targets", counted)
+    V.main(flags(few, SHORT, "--epochs 0 --variance 1 25 --seed 0 1 --target-net RES-1-8 "
+                 "--target-epochs 1 --target-stages 2 --out", tmp_path / "out"))
+    assert seeds == [0, 1]
+
 def test_several_values_make_runs_and_compare_pools_their_seeds(few, tmp_path, capsys, drawn):
     out = tmp_path / "out"
     words = flags(few, SHORT, "--lr 0.1 --objective vicreg simclr --seed 0 1 --out", out)
