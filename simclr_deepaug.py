@@ -236,7 +236,6 @@ class Normalize(nn.Module):
     def forward(self, x):
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 # --- end ---
-# --- the same in simclr, topk ---
 def block_outputs(block, x):
     """(residual, output) of a torchvision block, Grigg et al.'s odd and even layers; its own
     forward adds in place and loses the first."""
@@ -244,7 +243,6 @@ def block_outputs(block, x):
     if hasattr(block, "conv3"):  # Bottleneck
         odd = block.bn3(block.conv3(block.relu(odd)))
     return odd, F.relu(odd + (x if block.downsample is None else block.downsample(x)))
-# --- end ---
 
 class Net(nn.Module):
     """Encoder and head as layers -1..6, with Deep Augmentation between them.
@@ -632,7 +630,7 @@ def load_checkpoint(path, flags):
     check(not other, f"--resume with other flags: {'; '.join(other)}")
     return state
 # --- end ---
-# --- the same in simclr, simcse, topk ---
+# --- the same in simclr, simcse ---
 def alignment(z1, z2):
     """Mean squared distance of pairs, 0..4; z1, z2 normalised [n, d] (Wang & Isola 2020)."""
     return (z1 - z2).square().sum(1).mean()
@@ -809,7 +807,7 @@ def probe(net, data, a):
                 result[f"uniformity_{part}"] = uniformity(z1).item()
     return result
 
-# --- the same in simclr, simcse, vicreg ---
+# --- the same in simclr, simcse, vicreg, topk ---
 def draw(path, panels):
     """PNG of panels {title: {label of a line: [(x, y, std of y)]}}."""
     columns, rows = min(3, len(panels) or 1), math.ceil(len(panels) / 3) or 1

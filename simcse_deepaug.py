@@ -666,7 +666,7 @@ def load_checkpoint(path, flags):
     check(not other, f"--resume with other flags: {'; '.join(other)}")
     return state
 # --- end ---
-# --- the same in simclr, simcse, topk ---
+# --- the same in simclr, simcse ---
 def alignment(z1, z2):
     """Mean squared distance of pairs, 0..4; z1, z2 normalised [n, d] (Wang & Isola 2020)."""
     return (z1 - z2).square().sum(1).mean()
@@ -860,7 +860,7 @@ def layer_map(net, data):
     M = cka.cka_map(layers())
     return M, cka.coadapted_stretch(M[:-1, :-1])
 
-# --- the same in simclr, simcse, vicreg ---
+# --- the same in simclr, simcse, vicreg, topk ---
 def draw(path, panels):
     """PNG of panels {title: {label of a line: [(x, y, std of y)]}}."""
     columns, rows = min(3, len(panels) or 1), math.ceil(len(panels) / 3) or 1

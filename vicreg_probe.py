@@ -764,7 +764,7 @@ def losses(a, z, labels):
         s, v, c = vicreg(z1, z2)
         first, second = a.invariance * s, a.variance * v + a.covariance * c
         loss = first + second
-    else:  # Section 2.1: minus the pairs' similarity over T = .5, log of the sum
+    else:  # Section 2.1: minus the pairs' similarity over T = .5, log of sum
         loss = nt_xent(z1, z2, 0.5)
         first = -F.cosine_similarity(z1, z2).mean() / 0.5
         second = loss - first
@@ -1096,7 +1096,7 @@ def export(a, net, split, classes, file, measurements):
 
 # ==== 9 Figures and tables, from recorded numbers ====
 
-# --- the same in simclr, simcse, vicreg ---
+# --- the same in simclr, simcse, vicreg, topk ---
 def draw(path, panels):
     """PNG of panels {title: {label of a line: [(x, y, std of y)]}}."""
     columns, rows = min(3, len(panels) or 1), math.ceil(len(panels) / 3) or 1

@@ -24,7 +24,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 # What makes a command small: the last flag wins in argparse.
 TINY = ["--dataset", "folder", "--image-size", "32", "--epochs", "1", "--batch-size", "64",
         "--workers", "0", "--device", "cpu"]
-SMALL = [*TINY, "--log-every", "2"]  # for the scripts that still log by a flag
 DROPPED = {"--transfer", "--download", "--data-dir", "--dataset", "--epochs", "--probe-every"}
 
 
@@ -53,25 +52,7 @@ def without(words, flags):
     return kept
 
 
-LOADED = {}
 GRIGG = [f"{name}/layer-none-seed-{seed}" for name in ("simclr", "supervised") for seed in (0, 1)]
-
-
-def fast(monkeypatch, script, draw, words):
-    """Without figures and export, which take longer than all the rest of a small run; other tests are about them. Runs
-    that have a name are left whole, for other commands start from them."""
-    monkeypatch.setattr(script, draw, lambda *_: None)
-    if "--out" not in words and "--resume" not in words:
-        monkeypatch.setattr(script, "export", lambda *_: 0.0)
-    if hasattr(script, "load_folder"):                               # pictures: a short probe, decoded once
-        fit, load = script.fit_logistic, script.load_folder
-        monkeypatch.setattr(script, "fit_logistic", lambda *args: fit(*args[:5], iterations=2))
-
-        def loaded(a, device):
-            key = script.__name__, a.data_dir, a.image_size
-            LOADED[key] = LOADED.get(key) or load(a, device)
-            return LOADED[key]
-        monkeypatch.setattr(script, "load_folder", loaded)
 
 
 @pytest.fixture(scope="module")
@@ -222,29 +203,34 @@ def rescued(tmp_path_factory, few):
     here = tmp_path_factory.mktemp("rescued")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        R.main([*SMALL, "--data-dir", str(few), *RESCUE, "--probe-every", "1", "--out", "runs/base"])
+        R.main([*TINY, "--data-dir", str(few), *RESCUE, "--rescue", "topk", "--out", "runs/a"])
+    shutil.copytree(here / "runs/a", here / "runs/b")
     return here
 
 
 @pytest.mark.parametrize("command", sorted(
     c for c in commands() if c.startswith("python topk_rescue.py") and "--help" not in c))
-def test_rescue_command(command, rescued, few, monkeypatch, capsys):
+def test_rescue_command(command, rescued, few, monkeypatch, capsys, tmp_path):
+    """As it stands, presets included; of several values two at most."""
     words = shlex.split(command)[2:]
-    given = R.settings(words)                                        # as written: every flag exists, nothing refused
+    a = R.settings(words)  # every flag exists, nothing is refused
     monkeypatch.chdir(rescued)
-    if "--compare" in words:
+    if a.compare:
         assert R.main(["--compare", *map(str, sorted(rescued.glob("runs/*")))])
         return
-    fast(monkeypatch, R, "draw_figures", words)
-    monkeypatch.setattr(R, "planned", lambda a, all_of=R.planned: all_of(a)[-2:])    # the baseline and one more
-    words = [w for w in words if w != "256"]                         # a k larger than the small batch
-    words = without(words, DROPPED | {"--transfer"}) + SMALL + RESCUE + ["--data-dir", str(few)]
-    words += ["--arch", "vit-tiny" if given.arch.startswith("vit") else "small"]
-    if "--preset" in words:
-        words += ["--patch", "8", "--local-size", "16", "--k", "1", "--optimizer", "adamw"]
-    out = [] if "--out" in words or "--resume" in words else ["--out", "runs/this"]
-    assert R.main(words + out + ["--no-baseline"] * ("--sweep" not in words))
-    assert "steps in" in capsys.readouterr().out
+    for name, nothing in (("draw", None), ("draw_easy", None), ("export", 0.0), ("linear_probe", 0.0)):
+        monkeypatch.setattr(R, name, lambda *_, nothing=nothing: nothing)
+    small = [*TINY, *RESCUE, "--data-dir", str(few), "--iterations", "0"]
+    small += ["--arch", "vit-tiny" if a.arch in R.VITS else "small"]
+    small += ["--image-size", "96", "--optimizer", "sgd"] * (a.preset == "paper")
+    for name in R.RUNS:
+        if f"--{name}" in words:
+            values = [min(v, 8) if name == "k" else v for v in getattr(a, name)[:2]]
+            small += [f"--{name}", *map(str, values)]
+    # the documented folder may be there
+    small += ["--rescue", "topk"] if a.resume else ["--out", str(tmp_path / "run")]
+    assert R.main(without(words, DROPPED) + small)
+    assert capsys.readouterr().out.count("untrained") == 1  # the table
 
 
 @pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python cka.py") and "RUN" not in c))
@@ -403,7 +389,7 @@ def test_every_flag_is_explained(script, capsys):
 
 @pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "dropout20"),
                                               ("simcse_deepaug", "sentences", "base"), ("vicreg_probe", "probed", "a"),
-                                              ("topk_rescue", "rescued", "base")])
+                                              ("topk_rescue", "rescued", "a")])
 def test_every_logged_number_is_explained(page, place, run, request):
     """Every logged column, reported key and written file stands in the script's page."""
     text = (ROOT / f"docs/{page}.md").read_text()

@@ -116,11 +116,6 @@ def three_steps(pretend, train, net, seen):
     assert len(seen) == 3
 
 
-def pictures(module, n=128):
-    images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=CUDA)
-    return module.Split(torch.zeros(n, dtype=torch.long, device=CUDA), 32, images=images)
-
-
 def outputs_of(net):
     """The dtypes that the network's forward returns from now on."""
     dtypes = []
@@ -162,14 +157,20 @@ def test_vicreg(pretend, flags, tmp_path):
     assert set(dtypes) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("flags", ["", "--strong deepaug", "--rescue random --method mocov3",
-                                   "--method dinov2 --centering centering"])
+@pytest.mark.parametrize("flags", ["--rescue none --arch resnet18", "--strong deepaug",
+                                   "--strong deepaug --rescue random --method mocov3 --k 8",
+                                   "--strong deepaug --method dinov2 --centering centering --layer 2"])
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")    # a copy of the student becomes the teacher
 def test_topk(pretend, flags, tmp_path):
-    a = R.settings([*flags.split(), "--batch-size", "32", "--log-every", "1000", "--epochs", "9"])
-    split = pictures(R)
-    step_of = R.build(a, split, CUDA)
-    three_steps(pretend, lambda: R.train(a, step_of, split, tmp_path, CUDA, 2, None, None), step_of, [])
+    """Not with RandAugment: torchvision's geometric operations copy a small matrix to the device."""
+    a = R.settings(["--rescue", "topk", *flags.split(), "--batch-size", "32", "--epochs", "2500", "--no-compile"])
+    a = argparse.Namespace(**{**vars(a), **{name: getattr(a, name)[0] for name in R.RUNS}})
+    a.k, a.device = 0 if a.rescue == "none" else a.k, "cuda"
+    split = R.Split(32, torch.zeros(128, dtype=torch.long, device=CUDA),
+                    torch.zeros(128, 3, 32, 32, dtype=torch.uint8, device=CUDA))
+    rescue = R.build(a, split)
+    with mock.patch.object(R, "save_checkpoint"):
+        three_steps(pretend, lambda: R.train(a, rescue, split, tmp_path, dict, None), rescue, [])
 
 
 @pytest.mark.parametrize("flags", ["--mlm --layer 0", "--layer all --transform channel",
@@ -185,15 +186,6 @@ def test_simcse(pretend, flags, tmp_path):
     net = T.build(a, tokenizer)
     with mock.patch.object(T, "save_checkpoint"):
         three_steps(pretend, lambda: T.train(a, net, data, tmp_path, {}, lambda tests: {}, None), net, [])
-
-
-@pytest.mark.parametrize("name", R.OPERATIONS)
-def test_operations_of_randaugment(pretend, name):
-    low, high, operation = R.OPERATIONS[name]
-    x = torch.zeros(3, 32, 32, dtype=torch.uint8, device=CUDA)
-    pretend.strict = True
-    for t in (0.2, 0.9):
-        assert operation(x, low + (high - low) * t).is_cuda
 
 
 def test_the_alarm_works(pretend):

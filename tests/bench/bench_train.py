@@ -62,14 +62,14 @@ ROWS = {
                    "--layer 8 --mlm --eval-every 0"),
     "vicreg": ("vicreg_probe", "--arch RES-5-250 --projector 2048 2048 --batch-size 256 --target-net none",
                "--batch-size 64 --target-net none"),
-    "rescue": ("topk_rescue", "--preset cifar --dataset shapes --method simclr --no-baseline", "--no-baseline"),
-    "mocov3": ("topk_rescue", "--preset cifar --dataset shapes --method mocov3 --no-baseline",
-               "--method mocov3 --no-baseline"),
-    "dinov2": ("topk_rescue", "--preset cifar --dataset shapes --method dinov2 --no-baseline",
-               "--method dinov2 --no-baseline --batch-size 32"),
+    "rescue": ("topk_rescue", "--preset cifar --dataset shapes --rescue topk", "--rescue topk"),
+    "mocov3": ("topk_rescue", "--preset cifar --dataset shapes --rescue topk --method mocov3",
+               "--method mocov3 --rescue topk"),
+    "dinov2": ("topk_rescue", "--preset cifar --dataset shapes --rescue topk --method dinov2",
+               "--method dinov2 --rescue topk --batch-size 32"),
 }
 # the functions whose time is counted under these names, where a script has them
-SPANS = {"views": ("two_views", "views_of", "common_view", "local_crops", "strong_views", "mask_tokens"),
+SPANS = {"views": ("two_views", "views_of", "draw_masks", "strong_views", "mask_tokens"),
          "loss": ("nt_xent", "losses", "simcse_loss", "mlm_loss")}
 PARTS = ("batch", "views", "forward", "loss", "backward", "optimizer", "rest")
 SMALL = 32, 64                                                      # batches of --count
