@@ -576,7 +576,7 @@ def one_of_two(rank, folder, words, port):
     dist.destroy_process_group()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=str(port),
                       MASTER_ADDR="127.0.0.1")  # as torchrun
-    R.draw = R.draw_easy = lambda *_: None
+    R.draw = lambda *_: None
     R.main(words)
 
 def test_two_processes_give_the_losses_choices_and_weights_of_one(few, tmp_path):
@@ -884,6 +884,7 @@ def test_help_shows_the_defaults_of_this_command_line(capsys, monkeypatch, words
     ("--layer 7", "--layer 7 -1 6 small"), ("--layer 4 none", "none"), ("--layer x", "--layer x"),
     ("--method dinov2 --layer 8", "--layer 8 7 vit-tiny"), ("--k 33", "--k 32"), ("--k 1.5", "--k"),
     ("--strong deepaug --layer none", "deepaug --layer"), ("--k -1", "--k"), ("--s nan", "--s"),
+    ("--method dinov2 --strong deepaug --layer 1+7", "DINOv2 head"), ("--data-dir=", "--data-dir"),
     ("--rescue easiest", "--rescue hardest"), ("--rate 1", "--rate"), ("--sample 0", "--sample"),
     ("--method dinov2 --arch small", "dinov2 vit-tiny"), ("--batch-size 1", "--batch-size"),
     ("--method dinov2 --patch 32", "--patch 32"), ("--transfer imagenet", "--transfer"),
