@@ -915,8 +915,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, few, done, tmp_pa
 def test_a_preset_without_pictures_and_an_uneven_share_of_processes(refused, monkeypatch):
     assert "--data-dir" in refused(["--preset", "paper"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for words in ("--k 3 --batch-size 32", "--k 2 --batch-size 33"):
-        assert "--batch-size and --k: multiples of 2" in refused(words.split())
+    for words in ("--k 3 --batch-size 32", "--k 2 --batch-size 33", "--k 2 --batch-size 2"):
+        assert "--batch-size, --k: multiples of 2" in refused(words.split())
 
 def test_damaged_foreign_and_dangerous_checkpoints(refused, few, done, tmp_path, monkeypatch):
     """The file is kept, none of its code runs: it would write a file."""
