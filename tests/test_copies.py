@@ -1,8 +1,7 @@
 """The scripts are copied alone, so what several need stands in each as the same text. Here the
 texts are compared, and the budgets of size held.
 
-New form: `# --- the same in simclr, vicreg ---` opens a run of definitions, `# --- end ---` closes
-it. Old form, compared among its kind: `# same text in: a.py, b.py` right above a definition.
+`# --- the same in simclr, vicreg ---` opens a run of definitions, `# --- end ---` closes it.
 """
 import ast
 import re
@@ -16,7 +15,6 @@ BUDGETS = {"simclr_deepaug.py": (1000, 52, 48), "simcse_deepaug.py": (1100, 58, 
            "vicreg_probe.py": (1350, 74, 60), "topk_rescue.py": (1450, 78, 68),
            "cka.py": (300, 16, 16)}
 START, END = re.compile(r"# --- the same in (.+) ---"), "# --- end ---"
-OLD = re.compile(r"# same text in: (.+)")
 
 def short(script: str) -> str:
     return script.removesuffix(".py").split("_")[0]
@@ -52,21 +50,14 @@ def runs(script: str, text: str) -> tuple[dict, list]:
 
 def check(texts: dict) -> list:
     """What is wrong with the copies in {script: its text}, a line each."""
-    wrong, have = [], {}  # {script: {name: (text, names or files of its marker or None)}}
-    new = [s for s, text in texts.items() if any(map(START.fullmatch, text.splitlines()))]
+    wrong, have = [], {}  # {script: {name: (text, names of its marker or None)}}
     for script, text in texts.items():
-        lines, marked = [" ", *text.splitlines()], {}
-        if script in new:
-            marked, wrong_markers = runs(script, text)
-            wrong += wrong_markers
-        else:
-            for n, line in enumerate(lines):
-                if found := OLD.fullmatch(line):
-                    marked[n + 1] = [short(s) for s in found[1].split(", ") if s not in new]
+        marked, wrong_markers = runs(script, text)
+        wrong += wrong_markers
         have[script] = {name: (body, marked.get(first), defined)
                         for name, body, first, defined in statements(text)}
+    group = {short(s): s for s in have}
     for script, names in have.items():
-        group = {short(s): s for s in have if (s in new) == (script in new)}
         for name, (body, marker, defined) in names.items():
             for other in [group[s] for s in marker or [] if s in group]:
                 if have[other].get(name, ())[:2] != (body, marker):
@@ -78,10 +69,9 @@ def check(texts: dict) -> list:
 
 F, G = "@property\ndef f(x):\n    y = x + 1\n    return y\n", "K = 200\n"
 RUN = f"# --- the same in simclr, topk ---\n{F}# ==== banner ====\n{G}# --- end ---\n"
-MARK = f"# same text in: simcse_deepaug.py, vicreg_probe.py, simclr_deepaug.py\n{F}"
 
 @pytest.mark.parametrize("a, b, complaint", [
-    (RUN, RUN.replace("# ==== banner ====\n", ""), None), (RUN, F, None),  # F: of the old form
+    (RUN, RUN.replace("# ==== banner ====\n", ""), None), (RUN, F, "f: another text or marker"),
     (RUN, RUN + "def own():\n    a = 1\n    return a\n", None),
     (RUN, RUN.replace("+ 1", "+ 2"), "f: another text"),
     (RUN, RUN.replace("@property\n", ""), "f: another text"),
@@ -99,12 +89,6 @@ def test_checker_finds_each_kind_of_fault(a, b, complaint):
     wrong = check({"simclr_deepaug.py": a, "topk_rescue.py": b})
     assert any(complaint in w for w in wrong) if complaint else wrong == []
 
-@pytest.mark.parametrize("b, complaint", [
-    (MARK, None), (MARK.replace("+ 1", "+ 2"), "f: another"), (F, "f: another"), (G, "f: another")])
-def test_checker_compares_scripts_of_the_old_form(b, complaint):
-    wrong = check({"simcse_deepaug.py": MARK, "vicreg_probe.py": b, "simclr_deepaug.py": RUN})
-    assert any(complaint in w for w in wrong) if complaint else wrong == []
-
 def test_copies_in_the_scripts_are_the_same_text():
     assert check({s: (ROOT / s).read_text(encoding="utf-8") for s in BUDGETS}) == []
 
@@ -112,8 +96,6 @@ def test_copies_in_the_scripts_are_the_same_text():
 def test_budget(script):
     text = (ROOT / script).read_text(encoding="utf-8")
     lines, kb, definitions = BUDGETS[script]
-    if not any(map(START.fullmatch, text.splitlines())):
-        pytest.skip("still in the old form")
     defs = {name: first + body.count("\n") for name, body, first, d in statements(text) if d}
     assert text.count("\n") <= lines and len(text.encode()) <= 1024 * kb
     assert len(defs) <= definitions and max(map(len, text.splitlines())) <= 100

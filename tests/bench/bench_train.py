@@ -203,16 +203,15 @@ class Training:
             self.module.main([*words, *more, "--device", device.type, "--out", f"{self.folder.name}/run"])
         arguments = self.bound.arguments
         self.a = arguments["a"]
-        self.a.epochs, self.a.save_every = 10 ** 6, 10 ** 9         # on_step says when it is enough
+        self.a.epochs = 10 ** 6                                     # on_step says when it is enough
         self.a.probe_epochs = []
-        for probe in {"after_epoch", "probe_after", "measure"} & set(arguments):
-            arguments[probe] = lambda *_: {}  # training alone is measured
+        arguments["measure"] = lambda *_: {}  # training alone is measured
 
-    def run(self, on_step, compiled="", log_every=10 ** 9):
+    def run(self, on_step, compiled=""):
         """Train until on_step(number of steps done) raises Enough."""
         done = itertools.count(1)
         hook = register_optimizer_step_post_hook(lambda *_: on_step(next(done)))
-        self.a.log_every, self.a.compile = log_every, bool(compiled)
+        self.a.compile = bool(compiled)
         compile_, module_compile = torch.compile, nn.Module.compile
         mode = {"mode": "reduce-overhead"} if compiled == "graphs" else {}
         try:
@@ -233,7 +232,7 @@ class Training:
                 times.append(time.perf_counter())
             if done == steps * (repeats + 1):                       # the first stretch warms up
                 raise Enough
-        self.run(on_step, compiled, log_every=10)
+        self.run(on_step, compiled)
         return [self.a.batch_size * steps / (end - start) for start, end in itertools.pairwise(times)]
 
     @contextlib.contextmanager
