@@ -54,6 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
 from torch import nn
@@ -381,7 +382,7 @@ def build(a, tokenizer):
         check(a.max_length <= net.longest, f"--max-length: at most {net.longest} tokens")
         if a.eval_only and a.pooler == "cls-mlp" and not a.init:
             net.projector[0].load_state_dict(trained_mlp(a.model))
-    except Exception as e:  # transformers raises many kinds for what is missing or damaged
+    except Exception as e:  # of many kinds: missing, damaged
         raise BadInput(f"--model {a.model}: {first_line(e)}") from None
     if state:
         try:
@@ -648,9 +649,9 @@ def save_checkpoint(path, state):
     part = path.with_suffix(".part")
     try:
         torch.save(state, part)
-    except (OSError, RuntimeError) as e:  # a full disk, for one
+    except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
-        raise BadInput(f"{path}, an older one, is kept: {e}") from None
+        raise BadInput(f"{path} cannot be written (full disk?): {e}") from None
     os.replace(part, path)
 
 def load_checkpoint(path, flags):
@@ -658,7 +659,7 @@ def load_checkpoint(path, flags):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, was, _ = state["script"], state["flags"], dict(state["model"])
-    except Exception:  # many kinds for damaged files
+    except Exception:  # many kinds
         raise BadInput(f"{path} is missing, damaged, or no checkpoint") from None
     other = [f"{k} is {v}, was {was.get(k)}" for k, v in flags.items()
              if v != was.get(k) and k not in HOW]
@@ -720,7 +721,7 @@ def train(a, net, data, out, flags, measure, state):
     model = net if world == 1 else nn.parallel.DistributedDataParallel(net)
     if a.compile:
         torch.compiler.reset()
-        # CUDA graphs, one for each length: a small step waits for launches, not for the card
+        # CUDA graphs, one a length: a small step waits for launches
         mode = "reduce-overhead" if world == 1 else None
         model = torch.compile(model, mode=mode, dynamic=False)
     tokenizer = data.tokenizer
@@ -893,7 +894,8 @@ def export(a, net, tokenizer, out, report):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit|Converting|.is_grad")
         traced = torch.jit.trace_module(live, methods, check_trace=False, strict=False)
-        torch.jit.save(traced, out / "encoder.pt", {"config.json": json.dumps(config)})
+        saved = traced.save_to_buffer({"config.json": json.dumps(config)})
+        (out / "encoder.pt").write_bytes(saved)
         loaded = torch.jit.load(out / "encoder.pt")
         for x in example(1, live.longest), example(7, min(32, live.longest), True), example(64, 3):
             for ours, theirs in zip([live(*x), *live.activations(*x)],
@@ -1065,7 +1067,7 @@ def main(argv=None):
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief and data.pairs else {}
         return table if runs[1:] else reports[0]
-    except (BadInput, OSError) as e:
+    except (BadInput, OSError, SafetensorError) as e:
         print(f"{NAME}.py: error: {str(e).splitlines()[-1]}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

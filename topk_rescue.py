@@ -60,6 +60,7 @@ import torchvision
 import transformers
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -830,7 +831,8 @@ def read_square(file, side):
             x = 255 * (x - x.min()) / max(x.max() - x.min(), 1e-12)
             check(np.isfinite(x).all(), "not finite")
             picture = Image.fromarray(x.round().astype(np.uint8))
-        picture = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+        picture = ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def list_pictures(root):
@@ -859,7 +861,7 @@ def load_folder(a):
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
         train = list_pictures(root / tops["train"])
         known = {name for _, name in train} - {""} or {""}
-        # the first with these classes: some test folders have no labels
+        # some test folders have no labels
         test = next((t for t in tests if known & {name for _, name in t}), [])
     classes = sorted({name for _, name in train} - {""})
     classes = classes if len(classes) > 1 else []  # one class is none
@@ -926,7 +928,7 @@ def draw_shapes(n, seed, device):
         torch.maximum(torch.maximum(x.abs(), y.abs()) - 0.85, bar),
     ]).gather(0, family.expand(1, n, 1, 32, 32))[0]
     shape = (0.5 - distance * radius * 16).clamp(0, 1)  # soft edges
-    # hardly any colour: else SimCLR could tell the pictures apart without seeing their shapes
+    # hardly any colour, by which SimCLR could tell pictures apart
     light, dark, swap = uniform(0.7, 1), uniform(0, 0.3), uniform(0, 1) < 0.5
     ink = torch.where(swap, light, dark) + uniform(-0.1, 0.1, 3)
     paper = torch.where(swap, dark, light) + uniform(-0.1, 0.1, 3)
@@ -946,7 +948,7 @@ def load_data(name, a):
     else:
         cifar = getattr(torchvision.datasets, name.upper())
         root = a.data_dir if a.data_dir and a.dataset != "folder" else "data"
-        try:  # torchvision checks the files; several processes must find them there
+        try:  # several processes must find them there
             sets = [cifar(root, train, download=not dist.is_initialized())
                     for train in (True, False)]
         except (RuntimeError, OSError) as e:
@@ -1002,9 +1004,9 @@ def save_checkpoint(path, state):
     part = path.with_suffix(".part")
     try:
         torch.save(state, part)
-    except (OSError, RuntimeError) as e:  # a full disk, for one
+    except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
-        raise BadInput(f"{path}, an older one, is kept: {e}") from None
+        raise BadInput(f"{path} cannot be written (full disk?): {e}") from None
     os.replace(part, path)
 
 def load_checkpoint(path, flags):
@@ -1012,7 +1014,7 @@ def load_checkpoint(path, flags):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, was, _ = state["script"], state["flags"], dict(state["model"])
-    except Exception:  # many kinds for damaged files
+    except Exception:  # many kinds
         raise BadInput(f"{path} is missing, damaged, or no checkpoint") from None
     other = [f"{k} is {v}, was {was.get(k)}" for k, v in flags.items()
              if v != was.get(k) and k not in HOW]
@@ -1268,11 +1270,11 @@ def draw_easy(path, rescue, split, a):
 # ==== 8 Export ====
 
 def export(a, net, split, classes, out, report):
-    """Writes encoder.pt (TorchScript), weights.safetensors (torchvision's keys; of a ViT the folder
-    model, too), samples.npz (for cka.py). Returns the file's largest relative difference."""
+    """Writes encoder.pt (TorchScript), weights.safetensors (torchvision's keys), of a ViT
+    model/, and samples.npz (for cka.py). Returns the file's largest relative difference."""
     for m in net.modules():
         m.last = None  # cannot be copied
-    live, size = copy.deepcopy(net).cpu().eval(), split.size  # traces bake the device in
+    live, size = copy.deepcopy(net).cpu().eval().requires_grad_(), split.size
     example, activations, worst = torch.rand(2, 3, size, size), live.activations, 0.0
     live.forward, live.activations = live.features, lambda x: [*activations(x).values()]
     names = list(activations(example))
@@ -1285,7 +1287,8 @@ def export(a, net, split, classes, out, report):
         warnings.simplefilter("ignore")
         methods = {"forward": example, "activations": example}
         traced = torch.jit.trace_module(live, methods, check_trace=False, strict=False)
-        torch.jit.save(traced, out / "encoder.pt", {"config.json": json.dumps(config)})
+        saved = traced.save_to_buffer({"config.json": json.dumps(config)})
+        (out / "encoder.pt").write_bytes(saved)
         loaded = torch.jit.load(out / "encoder.pt")
         for x in (torch.rand(1, 3, size, size), torch.rand(7, 3, size, size)):
             for ours, theirs in zip([live(x), *live.activations(x)],
@@ -1434,7 +1437,7 @@ def main(argv=None):
         reports = [run(r, out / place, data) for place, r in runs.items()]
         table = compare([out]) if chief else {}
         return table if reports[1:] else reports[0]
-    except (BadInput, OSError) as e:
+    except (BadInput, OSError, SafetensorError) as e:
         print(f"{NAME}.py: error: {str(e).splitlines()[-1]}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
