@@ -23,12 +23,13 @@ over batches of n pictures, for each pair of layers, and divides once: one pass,
     python cka.py RUN/encoder.pt --augment     with views, or with --classes (Figures 3, 5)
 
 Expect of a deep ResNet: a block's output ("even") like its neighbours', what it adds ("odd") like
-nothing but itself. Estimates may be a little below 0. Any other network: docs/cka.md.
+nothing but itself.
 """
 import json
 import sys
 import time
 import warnings
+import zipfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -185,12 +186,13 @@ class Encoder:
     def __init__(self, path, only):
         extra, self.device = {"config.json": ""}, "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            with warnings.catch_warnings():  # deprecated, but works
+            assert not zipfile.ZipFile(path).testzip()
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*torch.jit.load")
                 self.layers = torch.jit.load(path, self.device, extra).eval().activations
             config = json.loads(extra["config.json"])
             self.all, self.number = config["layers"], config["layer_numbers"]
-        except Exception:  # of many kinds
+        except Exception:
             raise BadInput(f"{path} is missing, or no run's encoder.pt") from None
         check("image_size" in config, f"{path} takes sentences, not pictures: see its cka.png")
         self.size, self.flags = config["image_size"], config.get("flags", {})
@@ -232,6 +234,7 @@ def load_images(a, size):
         else:
             data = getattr(datasets, a.dataset.upper())(a.data_dir, False, fit, download=True)
         images, labels = zip(*(data[i] for i in torch.randperm(len(data))[:a.images].tolist()))
+        check(images[0].shape == (3, size, size), f"no pictures of {size} pixels")
         return torch.stack(images), torch.tensor(labels)
     except Exception as e:
         raise BadInput(f"--dataset {a.dataset}: {type(e).__name__} {e}") from None
@@ -257,10 +260,10 @@ def run(a):
         elif a.kind == "classes":
             sides = [one.on(images), lambda batch: [classes[batch]]]
         else:
-            sides = [net.on(images) for net in dict.fromkeys((one, two))]  # within: only one
+            sides = [net.on(images) for net in dict.fromkeys((one, two))]
         def pair(batch, sides=sides):
             acts = [side(batch) for side in sides]
-            return acts[0], acts[-1]  # within: one list twice
+            return acts[0], acts[-1]
         M = exact_map(sides, batches) if a.exact else cka_map(
             map(pair, tqdm(batches, leave=False, disable=None)))
         same = [dict(zip(two.names, row)).get(n) for n, row in zip(one.names, M.tolist())]

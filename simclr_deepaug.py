@@ -18,7 +18,6 @@ as in Figure 2: -1 input, 0 stem, 1-4 the stages, 5 average pool, 6 head.
     python simclr_deepaug.py --layer 0 --no-stop-grad  what stop-gradient is for
     python simclr_deepaug.py --data-dir MY_PICTURES --views simclr
     python simclr_deepaug.py --preset paper            the paper's setting, for a GPU
-    python simclr_deepaug.py --compare runs/*          table and figure
 
 The default run shows the picture itself, twice: only dropout is left to learn from. Linear probe
 of 20 classes: untrained 21.5 %, without 30.2 ± 1.4, at layer 0 46.4 ± 1.6, there without
@@ -36,6 +35,7 @@ import shlex
 import sys
 import time
 import warnings
+import zipfile
 from collections import OrderedDict, defaultdict
 from contextlib import redirect_stdout, suppress
 from datetime import timedelta
@@ -156,7 +156,7 @@ def settings(argv=None):
         p.set_defaults(lr=0.3 * p.parse_args(argv).batch_size / 256)
     a = p.parse_args(argv)  # again: a flag beside the preset wins
     a.layer, a.seed = list(dict.fromkeys(a.layer)), list(dict.fromkeys(a.seed))
-    a.dataset = a.dataset or ("folder" if a.data_dir else "shapes")
+    a.dataset = a.dataset or ("shapes" if a.data_dir is None else "folder")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if a.compile is None:
         a.compile = a.device == "cuda" and bool(find_spec("triton"))
@@ -339,7 +339,7 @@ def make_views(images, size, crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)):
     if jitter is None:
         return x
     jittered = chance(0.8)
-    for operation in torch.randperm(4).tolist():  # one order a batch, drawn on the host
+    for operation in torch.randperm(4).tolist():  # one order a batch
         neutral, reach = float(operation != 3), jitter[operation]
         factor = torch.empty(n, 1, 1, 1, device=device).uniform_(neutral - reach, neutral + reach)
         x = adjust(x, operation, torch.where(jittered, factor, neutral))
@@ -352,7 +352,7 @@ def crop_boxes(n, height, width, scale, device):
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first, found = fits.int().argmax(1, keepdim=True), fits.any(1)
-    w = torch.where(found, w.gather(1, first)[:, 0], width)  # if none fits: the whole picture
+    w = torch.where(found, w.gather(1, first)[:, 0], width)  # else the whole picture
     h = torch.where(found, h.gather(1, first)[:, 0], height)
     top = (torch.rand(n, device=device) * (height - h + 1)).floor()
     left = (torch.rand(n, device=device) * (width - w + 1)).floor()
@@ -412,7 +412,7 @@ class Split(torch.utils.data.Dataset):
     def __getitem__(self, asked):
         for i in range(len(self)):
             used = (asked + i) % len(self)
-            with suppress(Exception):  # PIL raises many kinds for damaged files
+            with suppress(Exception):  # PIL raises many kinds
                 return read_square(self.files[used], self.side), self.labels[used], used, asked
         raise BadInput(f"not one picture like {self.files[0]} can be read")
 
@@ -462,10 +462,11 @@ def list_pictures(root):
 def load_folder(a):
     """DIR/CLASS/*.png, DIR/*.png (no labels), or these below DIR/train and DIR/test (val, valid,
     validation); else a tenth of each class is held out. -> (train, test, class names)"""
-    root = Path(a.data_dir)
+    root = Path(a.data_dir).resolve()
     check(root.is_dir(), f"--data-dir {root}: no such folder")
+    check(root not in Path(a.out or "runs/a").resolve().parents, "--out lies in --data-dir")
     train, test = list_pictures(root), []
-    tops = {name.lower(): name for _, name in train}  # folders of pictures
+    tops = {name.lower(): name for _, name in train}
     tests = [list_pictures(root / tops[name]) for name in ("test", "val", "valid", "validation")
              if name in tops]
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
@@ -478,7 +479,7 @@ def load_folder(a):
     groups = {name: ([], []) for name in classes or [""]}  # {class: (train, test)}
     for part, pictures in enumerate((train, test)):
         for file, name in pictures:
-            if not classes or name in groups:  # else beside the class folders
+            if not classes or name in groups:
                 groups[name if classes else ""][part].append(file)
     for files, held in groups.values():
         random.Random(0).shuffle(files)
@@ -492,10 +493,10 @@ def load_folder(a):
     for file, _ in random.Random(0).sample(splits[0], min(100, len(splits[0]))):
         with suppress(Exception), Image.open(file) as picture:
             sizes.append(min(picture.size))
-    check(sizes and splits[1], f"--data-dir {root}: too few pictures that can be read")
+    check(sizes and splits[1], f"--data-dir {root}: too few pictures")
     usual = median_low(sizes)
     size = a.image_size or min(224, usual)
-    side = max(size, min(round(size * 8 / 7), usual))  # a margin for crops
+    side = max(size, min(round(size * 8 / 7), usual))
     fit = 3 * side ** 2 * sum(map(len, splits)) < 4 << 30
     for part, pictures in enumerate(splits):
         random.Random(0).shuffle(pictures)  # the first n are then of all classes
@@ -517,7 +518,7 @@ def draw_shapes(n, seed, device):
 
     label = (torch.arange(n) % 20)[torch.randperm(n, generator=g)].to(device)
     family, kind = (label // 4).view(n, 1, 1, 1), (label % 4).view(n, 1, 1, 1)
-    axis = (torch.arange(32, device=device) + 0.5) / 16 - 1  # pixel centres in -1..1
+    axis = (torch.arange(32, device=device) + 0.5) / 16 - 1
     radius, turn = uniform(0.5, 0.85), uniform(0, 2 * math.pi)
     y = (axis.view(32, 1) - uniform(-0.2, 0.2)) / radius
     x = (axis - uniform(-0.2, 0.2)) / radius
@@ -537,7 +538,7 @@ def draw_shapes(n, seed, device):
         torch.hypot(r * sector(dots).cos() - 0.68, r * sector(dots).sin()) - 0.28,
         torch.maximum(torch.maximum(x.abs(), y.abs()) - 0.85, bar),
     ]).gather(0, family.expand(1, n, 1, 32, 32))[0]
-    shape = (0.5 - distance * radius * 16).clamp(0, 1)  # soft edges
+    shape = (0.5 - distance * radius * 16).clamp(0, 1)
     # hardly any colour, by which SimCLR could tell pictures apart
     light, dark, swap = uniform(0.7, 1), uniform(0, 0.3), uniform(0, 1) < 0.5
     ink = torch.where(swap, light, dark) + uniform(-0.1, 0.1, 3)
@@ -622,6 +623,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, flags):
     """A checkpoint of this script and these flags; code in the file is not run."""
     try:
+        assert not zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, was, _ = state["script"], state["flags"], dict(state["model"])
     except Exception:  # many kinds
@@ -695,8 +697,7 @@ def train(a, net, split, out, measure, state):
         rows = draw_rows(len(images), a.sample, a.pairs, a.device)
         with torch.autocast(a.device, torch.bfloat16, enabled=a.device == "cuda"):
             z = model(views, rows)  # [2B, 128]
-        # each process has the whole batch's loss, with the gradient for its own rows; `world`
-        # makes up for DistributedDataParallel's mean
+        # the whole batch's loss, with the gradient for these rows; `world`: DDP takes the mean
         z1, z2 = (gather(half) for half in z.float().chunk(2))
         if a.objective == "simclr":
             loss = nt_xent(z1, z2, a.temperature)
@@ -741,7 +742,7 @@ def linear_probe(x, y, x_test, y_test, classes):
     """Test accuracy in % of a logistic regression on features [n, D], labels [n]; its weight decay
     is chosen on a tenth of at most 10,000 of them."""
     centre, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, x_test = (F.pad((x - centre) / std, (0, 1), value=1) for x in (x, x_test))  # 1: for the bias
+    x, x_test = (F.pad((x - centre) / std, (0, 1), value=1) for x in (x, x_test))
 
     def fit(x, y, decay, iterations):  # full-batch L-BFGS
         w = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
@@ -770,7 +771,7 @@ def weighted_knn(x, y, x_test, y_test, classes, k=200, t=0.1):
     x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
     winners = []
     for q in x_test.split(1024):
-        cosine, i = (q @ x.T).topk(min(k, len(x)), dim=1)  # [q, k]
+        cosine, i = (q @ x.T).topk(min(k, len(x)), dim=1)
         votes = torch.zeros(len(q), classes, device=x.device)
         winners.append(votes.scatter_add_(1, y[i], (cosine / t).exp()).argmax(1))
     return 100 * (torch.cat(winners) == y_test).float().mean().item()
@@ -925,8 +926,7 @@ def run(a, out, data):
             return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
-        out.mkdir(parents=True, exist_ok=True)
-        config = {**vars(a), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
+        config = {"script": NAME, **vars(a), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
         (out / "config.json").write_text(json.dumps(config))
         print(f"{out}: {len(train_split)} pictures of {a.dataset}, layer {a.layer}")
     state = train(a, net, train_split, out, lambda: probe(net, data, a), state)
@@ -947,9 +947,10 @@ def run(a, out, data):
     torch.manual_seed(0)
     shown = [to_unit(images, test_split.size), two_views(images, test_split.size, a)]
     torchvision.utils.save_image(torch.cat(shown), out / "views.png", nrow=len(images))
-    with suppress(ImportError, SystemExit), redirect_stdout(None):  # no cka.py; few images
+    with suppress(ImportError, SystemExit), redirect_stdout(None):  # no cka.py
         import cka
-        cka.main([f"{out}/encoder.pt", "--numbered", f"--out={out}/cka"])
+        if len(test_split) > 3:  # what its estimate needs
+            cka.main([f"{out}/encoder.pt", "--numbered", f"--out={out}/cka"])
     report_file.write_text(json.dumps(report, indent=1))
     return report
 
@@ -972,15 +973,18 @@ def main(argv=None):
                 for layer, seed in itertools.product(a.layer, a.seed)]
         out = Path(a.out or f"runs/{NAME}-{time.strftime('%Y%m%d-%H%M%S')}")
         places = [out / f"layer-{r.layer}-seed-{r.seed}" if runs[1:] else out for r in runs]
-        own = a.resume and any((place / "config.json").exists() for place in places)
+        configs = out.rglob("config.json") if a.resume else ()
+        own = any(NAME.encode() in f.read_bytes() for f in configs)
         chief = os.environ.get("RANK", "0") == "0"
         check(own or not (chief and out.exists() and any(out.iterdir())),
-              f"--out {out} is not empty; --resume goes on with a run")
+              f"--out {out} is not empty; --resume goes on with its own run")
         data = {name: load_data(name, a) for name in [a.dataset, *a.transfer]}
         split = data[a.dataset][0]
         split.labels = split.labels[:a.pictures or None]  # which are its length
         check(a.batch_size <= len(split), f"--batch-size: there are {len(split)} pictures")
         check(a.objective == "simclr" or data[a.dataset][2], "--objective supervised needs labels")
+        for place in places * chief:
+            place.mkdir(parents=True, exist_ok=bool(a.out))
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief else {}
         return table if runs[1:] else reports[0]

@@ -21,7 +21,6 @@ rows send no gradient into f_below. Layers: 0 embeddings, 1-12 transformer layer
     python simcse_deepaug.py --train-file MY_LINES.txt --sts-dir data/SentEval/data/downstream
     python simcse_deepaug.py --eval-only --model FOLDER --sts-dir data/SentEval/data/downstream
     python simcse_deepaug.py --preset paper                 the paper's setting, for a GPU
-    python simcse_deepaug.py --compare runs/*               table and figure
 
 The default run: a BERT from scratch on a grammar that has six words for a concept; only a word's
 company tells its concept. Spearman x 100 of unseen pairs: before 9.8, SimCSE 32.9 ± 3.9, with
@@ -40,6 +39,7 @@ import shlex
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter, defaultdict
 from contextlib import suppress
 from datetime import timedelta
@@ -171,6 +171,7 @@ def settings(argv=None):
     check(a.width % 32 == 0, "--width: a multiple of 32, the size of a head")
     check(a.batch_size % world == 0, f"--batch-size: a multiple of {world} processes")
     check(a.out or not a.resume, "--resume needs --out")
+    check("" not in (a.train_file, a.init, a.sts_dir), "an empty name of a file")
     check(a.init or trained and a.objective == "simcse" or not a.eval_only,
           "--eval-only needs a trained network: --init, or but for supervised --model")
     check(trained or "auto" not in a.layer, "--layer auto needs a trained --model or --init")
@@ -544,7 +545,7 @@ def learn_tokenizer(sentences, vocab_size):
     pieces, inside = BertWordPieceTokenizer(lowercase=True), Counter()
     for sentence in sentences:
         inside.update(re.findall(r"(?<=\S)\S", pieces.normalize(sentence)))
-    # named beforehand: the trainer numbers letters inside words in another order every time
+    # beforehand: the trainer numbers letters inside words in another order each time
     named = sorted("##" + c for c, _ in inside.most_common(vocab_size // 4))
     pieces.train_from_iterator(
         sentences, vocab_size, show_progress=False, limit_alphabet=vocab_size // 2,
@@ -559,7 +560,7 @@ def load_tokenizer(a, sentences):
     folder = Path(a.init, "tokenizer").resolve() if a.model == "small" else a.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-    except Exception as e:  # of many kinds: nothing there, damaged, another package is missing
+    except Exception as e:  # of many kinds: missing, damaged
         raise BadInput(f"{folder}: no tokenizer: {first_line(e)}") from None
     check(len(tokenizer) > 10, f"{folder}: no tokenizer")  # transformers makes an empty one
     check(tokenizer.pad_token and (tokenizer.mask_token or not a.mlm),
@@ -657,6 +658,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, flags):
     """A checkpoint of this script and these flags; code in the file is not run."""
     try:
+        assert not zipfile.ZipFile(path).testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
         script, was, _ = state["script"], state["flags"], dict(state["model"])
     except Exception:  # many kinds
@@ -745,8 +747,7 @@ def train(a, net, data, out, flags, measure, state):
             z = model(ids, mask, rows, places)
         z, logits = z if a.mlm else (z, None)
         masked_loss = mlm_loss(logits, targets) if a.mlm else z.new_zeros(())
-        # each process has the whole batch's loss, with the gradient for its own rows; `world`
-        # makes up for DistributedDataParallel's mean
+        # the whole batch's loss, with the gradient for these rows; `world`: DDP takes the mean
         z1, z2 = z.float().chunk(2)
         if a.objective == "simcse":
             loss = simcse_loss(gather(z1), gather(z2), a.temperature)
@@ -996,7 +997,6 @@ def run(a, out, data):
             return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
-        out.mkdir(parents=True, exist_ok=True)
         versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
         config = {"script": NAME, **vars(a), **versions}
         (out / "config.json").write_text(json.dumps(config))
@@ -1054,16 +1054,18 @@ def main(argv=None):
             return result
         out = Path(a.out or f"runs/{NAME}-{time.strftime('%Y%m%d-%H%M%S')}")
         places = [out / f"layer-{r.layer}-seed-{r.seed}" if runs[1:] else out for r in runs]
-        configs = [f for place in places if (f := place / "config.json").exists()]
-        own = a.resume and any(NAME in f.read_text() for f in configs)
+        configs = out.rglob("config.json") if a.resume else ()
+        own = any(NAME.encode() in f.read_bytes() for f in configs)
         check(own or not (chief and out.exists() and any(out.iterdir())),
-              f"--out {out} is not empty; --resume goes on with a run")
+              f"--out {out} is not empty; --resume goes on with its own run")
         data = load_data(a)
         size = len(data.lengths)
         check(a.batch_size <= size, f"--batch-size: there are {size} sentences or pairs")
         long = a.device == "cuda" and a.epochs * (size // a.batch_size) >= 2000
         for r in runs:
             r.compile = long and bool(find_spec("triton")) if a.compile is None else a.compile
+        for place in places * chief:
+            place.mkdir(parents=True, exist_ok=bool(a.out))
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief and data.pairs else {}
         return table if runs[1:] else reports[0]
