@@ -926,7 +926,9 @@ def run(a, out, data):
             return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
-        config = {"script": NAME, **vars(a), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
+        out.mkdir(parents=True, exist_ok=bool(a.out))
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        config = {"script": NAME, **vars(a), **versions}
         (out / "config.json").write_text(json.dumps(config))
         print(f"{out}: {len(train_split)} pictures of {a.dataset}, layer {a.layer}")
     state = train(a, net, train_split, out, lambda: probe(net, data, a), state)
@@ -983,8 +985,6 @@ def main(argv=None):
         split.labels = split.labels[:a.pictures or None]  # which are its length
         check(a.batch_size <= len(split), f"--batch-size: there are {len(split)} pictures")
         check(a.objective == "simclr" or data[a.dataset][2], "--objective supervised needs labels")
-        for place in places * chief:
-            place.mkdir(parents=True, exist_ok=bool(a.out))
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief else {}
         return table if runs[1:] else reports[0]

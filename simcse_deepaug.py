@@ -997,6 +997,7 @@ def run(a, out, data):
             return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
+        out.mkdir(parents=True, exist_ok=bool(a.out))
         versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
         config = {"script": NAME, **vars(a), **versions}
         (out / "config.json").write_text(json.dumps(config))
@@ -1049,6 +1050,7 @@ def main(argv=None):
                 for layer, seed in itertools.product(a.layer, a.seed)]
         if a.eval_only:
             data = load_data(a)
+            check(data.pairs, "no pairs: --sts-dir")
             result = measure(build(runs[0], data.tokenizer), data)
             print("\n".join(f"{k:16}{v:8.2f}" for k, v in result.items()))
             return result
@@ -1064,8 +1066,6 @@ def main(argv=None):
         long = a.device == "cuda" and a.epochs * (size // a.batch_size) >= 2000
         for r in runs:
             r.compile = long and bool(find_spec("triton")) if a.compile is None else a.compile
-        for place in places * chief:
-            place.mkdir(parents=True, exist_ok=bool(a.out))
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief and data.pairs else {}
         return table if runs[1:] else reports[0]

@@ -1375,6 +1375,7 @@ def run(a, out, data):
             return json.loads(report_file.read_text())
     chief = not dist.is_initialized() or dist.get_rank() == 0
     if chief:
+        out.mkdir(parents=True, exist_ok=bool(a.out))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, transformers, np)}
         (out / "config.json").write_text(json.dumps({"script": NAME, **vars(a), **versions}))
         print(f"{out}: {len(train_split)} pictures, {a.method}, {a.rescue}, k {a.k}, s {a.s}")
@@ -1436,8 +1437,6 @@ def main(argv=None):
         data = load_data(a.dataset, a)
         check(a.batch_size * max(1, a.iterations) <= len(data[0]),
               f"--batch-size, --iterations: there are {len(data[0])} pictures")
-        for place in [*runs] * chief:
-            (out / place).mkdir(parents=True, exist_ok=bool(a.out))
         reports = [run(r, out / place, data) for place, r in runs.items()]
         table = compare([out]) if chief else {}
         return table if reports[1:] else reports[0]

@@ -1251,7 +1251,9 @@ def run(a, out, data, made):
     if chief:
         if "targets" not in state:
             state["targets"] = made[a.seed] = made.get(a.seed) or random_targets(a, data)
-        config = {"script": NAME, **vars(a), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
+        out.mkdir(parents=True, exist_ok=bool(a.out))
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        config = {"script": NAME, **vars(a), **versions}
         (out / "config.json").write_text(json.dumps(config))
         print(f"{out}: {len(train_split)} pictures of {a.dataset}")
     def measure(epoch):
@@ -1336,8 +1338,6 @@ def main(argv=None):
         check(classes or a.sample_level[0], "no labels, no --sample-level: nothing to probe")
         check(classes or "supervised" not in a.objective, "--objective supervised needs labels")
         made = {}
-        for place in places * chief:
-            place.mkdir(parents=True, exist_ok=bool(a.out))
         reports = [run(r, place, data, made) for r, place in zip(runs, places)]
         table = compare([out]) if chief else {}
         return table if runs[1:] else reports[0]

@@ -1,5 +1,7 @@
-"""README and docs tell the truth: every command runs (at small size), every code block runs as it stands."""
-import json
+"""README and docs tell the truth: every command runs in small form, every code block as it stands,
+every flag, logged number and file is explained on its page."""
+import functools
+import math
 import re
 import runpy
 import shlex
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import ROOT, SHARED, report_of
 from torch import nn
 
 import cka
@@ -19,275 +22,184 @@ import simcse_deepaug as T
 import topk_rescue as R
 import vicreg_probe as V
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
-# What makes a command small: the last flag wins in argparse.
-TINY = ["--dataset", "folder", "--image-size", "32", "--epochs", "1", "--batch-size", "64",
-        "--workers", "0", "--device", "cpu"]
-DROPPED = {"--transfer", "--download", "--data-dir", "--dataset", "--epochs", "--probe-every"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "tests").rglob("*.md"))]
+SCRIPTS = {f"{script.__name__}.py": script for script in (S, T, V, R, cka)}
 
+def expanded(shell):
+    """The lines of a shell's text; `for v in a b; do ... $v ...; done` once for each value."""
+    shell = re.sub(r"(?m)(^|[ \t]+)#.*", "", shell.replace("\\\n", " "))
+    inner = r"((?:(?!\bfor \w+ in ).)*?)"  # has no loop in it
+    loop = re.compile(r"for (\w+) in ([^;\n]+)[;\n]\s*do\s" + inner + r"[;\n]\s*done\b", re.S)
+    while found := loop.search(shell):
+        name, values, body = found.groups()
+        variable = rf"\${name}(?![A-Za-z_])|\$\{{{name}\}}"
+        bodies = [re.sub(variable, value, body) for value in values.split()]
+        shell = shell[:found.start()] + "\n".join(bodies) + shell[found.end():]
+    return [line.strip() for line in re.split("[;\n]", shell) if line.strip()]
 
 def commands():
-    """Every `python ...`, `torchrun ...`, `pip ...` line in ```bash blocks and tables, and in the docstrings."""
+    """{command: page}, of ```bash blocks, of tables and of the scripts' docstrings."""
     found = {}
     for page in PAGES:
-        text = page.read_text()
-        lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-        lines += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
-        for line in lines:
-            found.setdefault(line.split("#")[0].strip(), page.name)
-    for script in ("simclr_deepaug.py", "simcse_deepaug.py", "vicreg_probe.py", "topk_rescue.py", "cka.py"):
-        for line in re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / script).read_text(), re.M):
-            found.setdefault(re.split("#|  ", line)[0].strip(), script)
-    return {c: page for c, page in found.items() if c and "…" not in c}
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+                 for line in expanded(block)]
+        for line in lines + re.findall(r"`((?:python|torchrun) [^`]*)`", text):
+            found.setdefault(line, page.name)
+    for name in SCRIPTS:
+        docstring = (ROOT / name).read_text(encoding="utf-8")
+        for line in re.findall(r"^    ((?:python|torchrun) .*)$", docstring, re.M):
+            found.setdefault(re.split("#|  ", line)[0].strip(), name)
+    return {c: page for c, page in found.items() if "…" not in c}
 
+def test_a_shells_loops_and_comments_are_understood():
+    shell = ("# first\npython a.py --x 1 \\\n  --y  # why\n"
+             "for v in none 2; do python a.py --v $v --out r/${v}; done\n"
+             "for v in 1 2; do\n  for w in 3 4; do\n    python b.py $v$w\n  done\ndone\n")
+    assert expanded(shell) == [
+        "python a.py --x 1    --y", "python a.py --v none --out r/none",
+        "python a.py --v 2 --out r/2", *(f"python b.py {n}" for n in (13, 14, 23, 24))]
 
-def without(words, flags):
-    """words without these flags and their values."""
-    kept, skip = [], False
-    for w in words:
-        skip = w in flags or (skip and not w.startswith("--"))
-        if not skip:
-            kept.append(w)
-    return kept
+TINY = ("--device cpu --workers 0 --dataset folder --image-size 32 --epochs 1 --batch-size 64 "
+        "--data-dir")
+# the last flag wins in argparse
+SMALL = {S: "--arch small", T: "--device cpu",
+         V: "--arch RES-5-8 --projector 8 8 --sample-level 4 4 2 --mine-steps 2 --target-epochs 1 "
+            "--target-stages 2",
+         R: "--projector 32 16 --prototypes 16 --local-crops 2 --iterations 0"}
 
-
-GRIGG = [f"{name}/layer-none-seed-{seed}" for name in ("simclr", "supervised") for seed in (0, 1)]
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, few):
-    """A folder with the runs that documented commands start from, and the pictures for CKA."""
-    here = tmp_path_factory.mktemp("workplace")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(here)
-        for name, views in (("base", "none"), ("a", "simclr")):
-            S.main([*TINY, "--data-dir", str(few), "--layer", "none", "--views", views, "--out",
-                    f"runs/{name}"])
-    for name in ("b", "OTHER", "untrained", "dropout20", *GRIGG):
-        shutil.copytree(here / "runs" / ("base" if name == "dropout20" else "a"),
-                        here / "runs" / name)
-    return here
-
-
-def test_there_are_commands():
-    assert len(commands()) > 30
-
-
-@pytest.mark.parametrize("command", sorted(
-    c for c in commands() if c.startswith("python simclr_deepaug.py") and "--help" not in c))
-def test_simclr_command(command, workplace, few, monkeypatch, capsys, tmp_path):
-    words = shlex.split(command)[2:]
-    a = S.settings(words)  # as written: every flag exists, nothing is refused
-    monkeypatch.chdir(workplace)
-    if a.compare:
-        assert S.main(["--compare", *map(str, sorted(workplace.glob("runs/*")))])
-        return
-    # other tests are about these, which take longer than all the rest of a small run
-    monkeypatch.setattr(S, "draw", lambda *_: None)
-    monkeypatch.setattr(S, "export", lambda *_: 0.0)
-    monkeypatch.setattr(S, "linear_probe", lambda *_: 0.0)
-    monkeypatch.setattr(cka, "draw", lambda *_: None)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_: None)  # it would stay on
-    words = without(words, DROPPED) + TINY + ["--arch", "small", "--data-dir", str(few)]
-    layers = a.layer[:2]
-    seeds = a.seed[:3 - len(layers)]
-    words += ["--layer", *layers, "--seed", *map(str, seeds)]
-    words += ["--init", "runs/base"] * bool(a.init)
-    if not a.resume:
-        words += ["--out", str(tmp_path / "run")]  # the documented folder may be there
-    runs = len(layers) * len(seeds)
-    found = S.main(words)
-    assert found["steps"] if runs == 1 else len(found) > 1
-    assert a.resume or capsys.readouterr().out.count("pictures of folder") == runs
-
-
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory):
-    """What the documented commands name: texts, STS-B, FOLDER and bert-base-uncased (tiny), runs/base."""
-    here = tmp_path_factory.mktemp("sentences")
-    grammar, sts = T.Grammar(), "data/SentEval/data/downstream/"
-    (here / sts / "STS/STSBenchmark").mkdir(parents=True)
-    for name in ("lines.txt", "MY_LINES.txt", "text20k.txt", "text60k.txt", "data/wiki1m_for_simcse.txt"):
-        (here / name).write_text("\n".join(grammar.sentences(128)))
-    for name in ("test", "dev", "train"):
-        rows = enumerate(zip(*grammar.pairs(128 if name == "train" else 40, grammar.unseen, 9)))
-        (here / sts / f"STS/STSBenchmark/sts-{name}.csv").write_text(
-            "".join(f"g\tf\ty\t{i}\t{score}\t{a}\t{b}\n" for i, (a, b, score) in rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(here)
-        patch.setattr(T.Grammar, "sentences", lambda self, n: Path("lines.txt").read_text().split("\n"))
-        T.main(["--layer", "none", "--device", "cpu", "--out", "runs/base"])
-        config = T.transformers.AutoConfig.from_pretrained("runs/base/model")
-        T.transformers.AutoModelForMaskedLM.from_config(config).save_pretrained("bert-base-uncased")
-        T.AutoTokenizer.from_pretrained("runs/base/tokenizer").save_pretrained("bert-base-uncased")
-    shutil.copytree(here / "runs/base/model", here / "FOLDER")
-    return here
-
-
-@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python simcse_deepaug.py")))
-def test_simcse_command(command, sentences, monkeypatch, capsys, tmp_path):
-    """As it stands, presets included; of several layers or seeds two runs at most."""
-    words = shlex.split(command)[2:]
-    monkeypatch.chdir(sentences)
-    a = T.settings(words)
-    said = capsys.readouterr().out
-    assert not a.preset or f"--preset {a.preset}: " in said
-    if a.compare:
-        assert T.main(["--compare", *map(str, sorted(sentences.glob("runs/*")))])
-        return
-    # other tests are about these, which take longer than all the rest of a small run
-    monkeypatch.setattr(T, "draw", lambda *_: None)
-    monkeypatch.setattr(cka, "draw", lambda *_: None)
-    monkeypatch.setattr(T, "export", lambda *_: 0.0)
-    monkeypatch.setattr(T.Grammar, "sentences", lambda self, n: Path("lines.txt").read_text().split("\n"))
-    layers = a.layer[-2:]
-    words += ["--layer", *layers, "--seed", *map(str, a.seed[:3 - len(layers)]), "--device", "cpu"]
-    if not a.resume:
-        words += ["--out", str(tmp_path / "run")]  # the documented folder may be there
-    found = T.main(words)
-    assert any("sts" in row for row in (found, *found.values()) if isinstance(row, dict))
-    for file in tmp_path.rglob("config.json"):  # what the row is about is what was run
-        flags = json.loads(file.read_text())
-        for flag in [w for w in words if w in ("--mlm", "--stop-grad", "--no-stop-grad")]:
-            assert flags[flag.removeprefix("--no-").lstrip("-").replace("-", "_")] == ("--no-" not in flag)
-
-
-PROBED = [*TINY, *"--projector 8 8 --sample-level 4 4 2 --mine-steps 2 --target-epochs 1 --target-stages 2".split()]
-
-
-@pytest.fixture(scope="module")
-def probed(tmp_path_factory, few):
-    """A folder with the runs of vicreg_probe.py that documented commands start from."""
-    here = tmp_path_factory.mktemp("probed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(here)
-        V.main([*PROBED, "--data-dir", str(few), "--arch", "RES-5-8", "--target-net", "RES-1-8", "--out", "runs/a"])
-    for name in ("b", GRIGG[0]):
-        shutil.copytree(here / "runs/a", here / "runs" / name)
-    return here
-
-
-@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python vicreg_probe.py")))
-def test_vicreg_command(command, probed, few, monkeypatch, capsys, tmp_path):
-    """As it stands, but small; of several values two runs at most."""
-    monkeypatch.chdir(probed)
-    words = [w for word in shlex.split(command)[2:] for w in sorted(map(str, Path().glob(word))) or [word]]
-    a = V.settings(words)
-    if a.compare:
-        assert V.main(words)
-        return
-    monkeypatch.setattr(V, "draw", lambda *_: None)
-    monkeypatch.setattr(V, "linear_probe", lambda *_: 0.0)
-    vit = torchvision.models.VisionTransformer
-    monkeypatch.setattr(torchvision.models, "VisionTransformer", lambda size, patch, *_, num_classes:
-                        vit(size, patch, 1, 2, 16, 32, num_classes=num_classes))
-    small = [*PROBED, "--data-dir", str(few), "--arch", *["RES-5-8", "RES-5-9"][:len(a.arch)]]
-    small += ["--target-net", "RES-1-8"] * ("--target-net" not in words)
-    for name in set(V.RUNS) - {"arch"}:
-        small += [f"--{name}", *map(str, getattr(a, name)[:2])] * (f"--{name}" in words)
-    if not a.resume:
-        small += ["--out", str(tmp_path / "run")]  # the documented folder may be there
-    found = V.main([*words, *small])
-    runs = [r for r in (found, *found.values()) if isinstance(r, dict) and "linear" in r]
-    assert len(runs) == max(len(getattr(a, name)[:2]) for name in set(V.RUNS) - {"seed"})
-    assert "class: linear" in capsys.readouterr().out
-
-
-RESCUE = ["--projector", "32", "16", "--prototypes", "16", "--local-crops", "2"]
-
-
-@pytest.fixture(scope="module")
-def rescued(tmp_path_factory, few):
-    """A folder with the runs of topk_rescue.py that documented commands start from."""
-    here = tmp_path_factory.mktemp("rescued")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(here)
-        R.main([*TINY, "--data-dir", str(few), *RESCUE, "--rescue", "topk", "--out", "runs/a"])
-    shutil.copytree(here / "runs/a", here / "runs/b")
-    return here
-
-
-@pytest.mark.parametrize("command", sorted(
-    c for c in commands() if c.startswith("python topk_rescue.py") and "--help" not in c))
-def test_rescue_command(command, rescued, few, monkeypatch, capsys, tmp_path):
-    """As it stands, presets included; of several values two at most."""
-    words = shlex.split(command)[2:]
-    a = R.settings(words)  # every flag exists, nothing is refused
-    monkeypatch.chdir(rescued)
-    if a.compare:
-        assert R.main(["--compare", *map(str, sorted(rescued.glob("runs/*")))])
-        return
-    for name, nothing in (("draw", None), ("draw_easy", None), ("export", 0.0), ("linear_probe", 0.0)):
-        monkeypatch.setattr(R, name, lambda *_, nothing=nothing: nothing)
-    small = [*TINY, *RESCUE, "--data-dir", str(few), "--iterations", "0"]
-    small += ["--arch", "vit-tiny" if a.arch in R.VITS else "small"]
-    small += ["--image-size", "96", "--optimizer", "sgd"] * (a.preset == "paper")
-    for name in R.RUNS:
+def small(script, words, few):
+    """What makes a command small; of several values the last is taken."""
+    a, more = script.settings(words), SMALL[script].split()
+    more += [] if script is T else [*TINY.split(), str(few)]
+    if script is V and "--target-net" not in words:
+        more += ["--target-net", "RES-1-8"]
+    if script is R:
+        more += ["--arch", "vit-tiny" if a.arch in R.VITS else "small"]
+        more += "--image-size 96 --optimizer sgd".split() if a.preset == "paper" else []
+    for name in {*getattr(script, "RUNS", ("layer", "seed"))} - {"arch"}:
         if f"--{name}" in words:
-            values = [min(v, 8) if name == "k" else v for v in getattr(a, name)[:2]]
-            small += [f"--{name}", *map(str, values)]
-    # the documented folder may be there
-    small += ["--rescue", "topk"] if a.resume else ["--out", str(tmp_path / "run")]
-    assert R.main(without(words, DROPPED) + small)
-    assert capsys.readouterr().out.count("untrained") == 1  # the table
+            value = getattr(a, name)[-1]
+            more += [f"--{name}", str(min(value, 8) if name == "k" else value)]
+    return more
 
+def stub(monkeypatch, *scripts):
+    """Other tests are about these, which take longer than all the rest of a small run."""
+    for script in scripts:
+        for name in ("draw", "draw_easy", "draw_maps"):
+            monkeypatch.setattr(script, name, lambda *_: None, raising=False)
+        for name in ("linear_probe", *["export"] * (script is not V)):
+            monkeypatch.setattr(script, name, lambda *_: 0.0, raising=False)
 
-@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("python cka.py") and "RUN" not in c))
-def test_cka_command(command, workplace, few, real_data_or_none, monkeypatch):
-    words = shlex.split(command)[2:]
-    monkeypatch.chdir(workplace)
-    dataset = words[words.index("--dataset") + 1] if "--dataset" in words else "samples"
-    words = without(words, {"--dataset", "--data-dir"})
-    if dataset in ("folder", "cifar10"):
-        words += ["--dataset", "folder", "--data-dir", str(few)]
-    elif dataset == "cifar100" and real_data_or_none:
-        words += ["--dataset", "cifar100", "--data-dir", str(real_data_or_none)]
-    assert cka.main([*words, "--images", "16", "--batch-size", "8"])["map"]
+def fewer(monkeypatch):
+    """Sentences and pairs of the grammar; a smaller ViT."""
+    sentences, pairs = T.Grammar.sentences, T.Grammar.pairs
+    vit = torchvision.models.VisionTransformer
+    monkeypatch.setattr(T.Grammar, "sentences", lambda self, n: sentences(self, min(n, 128)))
+    monkeypatch.setattr(T.Grammar, "pairs", lambda self, n, *a: pairs(self, min(n, 128), *a))
+    monkeypatch.setattr(torchvision.models, "VisionTransformer", lambda size, patch, *_, **more:
+                        vit(size, patch, 1, 2, 16, 32, **more))
 
+@pytest.fixture(scope="module")
+def place_of(few, texts, tmp_path_factory):
+    """place_of(script): a folder with a run in runs/a and the texts that commands name."""
+    @functools.cache
+    def make(script):
+        here = tmp_path_factory.mktemp(script.__name__)
+        own = {S: ["--views", "simclr"], R: ["--rescue", "topk"]}.get(script, [])
+        words = ["--layer", "none", *own, *small(script, [], few)]
+        if script is T:
+            for name in ("lines", "MY_LINES", "text20k", "text60k", "data/wiki1m_for_simcse"):
+                (here / name).parent.mkdir(exist_ok=True)
+                shutil.copy(texts / "text.txt", here / f"{name}.txt")
+            shutil.copytree(texts / "sts", here / "data/SentEval/data/downstream")
+        with pytest.MonkeyPatch.context() as patch:
+            fewer(patch)
+            script.main([*words, "--out", str(here / "runs/a")])
+        if script is T:
+            shutil.copytree(here / "runs/a/model", here / "FOLDER")
+            config = T.transformers.AutoConfig.from_pretrained(here / "FOLDER")
+            network = T.transformers.AutoModelForMaskedLM.from_config(config)
+            shutil.copytree(here / "runs/a/tokenizer", here / "bert-base-uncased")
+            network.save_pretrained(here / "bert-base-uncased")
+        return here
+    return make
+
+def as_a_shell_gives(words):
+    """Every * is expanded; a run that a command starts from is there, a copy of runs/a."""
+    for before, word in zip(["", *words], words):
+        run, there = re.sub("/encoder.*", "", word).replace("*", "0"), any(Path().glob(word))
+        if re.match("runs/|RUN|OTHER", run) and before != "--out" and not there:
+            shutil.copytree("runs/a", run)
+    return [w for word in words for w in sorted(map(str, Path().glob(word))) or [word]]
+
+RUNS = re.compile(r"(?:python|torchrun --nproc_per_node=\d) (\w+\.py)\b(.*)")
+
+@pytest.mark.parametrize("command", sorted(filter(RUNS.fullmatch, commands())))
+def test_every_command_runs_in_small_form(command, place_of, few, request, monkeypatch, tmp_path):
+    name, words = RUNS.fullmatch(command).groups()
+    script = SCRIPTS[name]
+    monkeypatch.chdir(place_of(S if script is cka else script))
+    words = as_a_shell_gives(shlex.split(words))
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            script.main(words)
+        return
+    stub(monkeypatch, script, cka)
+    if script is cka:
+        if "cifar100" in words and (SHARED / "unpack.py").exists():
+            words += ["--data-dir", str(request.getfixturevalue("real_data"))]
+        elif "--dataset" in words:
+            words += ["--dataset", "folder", "--data-dir", str(few)]
+        assert cka.main([*words, "--images", "16", "--batch-size", "8"])["map"]
+        return
+    a = script.settings(words)  # as written
+    if a.compare:
+        assert script.main(words)
+        return
+    fewer(monkeypatch)
+    if getattr(a, "transfer", None) and script is S:  # 10,000 pictures
+        words = [w for w in words if w not in ("--transfer", *a.transfer)]
+    out = tmp_path / "run"
+    words = [w for w in words if w != "--resume"] + small(script, words, few) + ["--out", str(out)]
+    found, a = script.main(words), script.settings(words)
+    runs = math.prod(len(getattr(a, name)) for name in getattr(script, "RUNS", ("layer", "seed")))
+    assert found if getattr(a, "eval_only", 0) else len([*out.rglob("report.json")]) == runs
+    if "--resume" in command:
+        assert script.main([*words, "--resume"]) == found
 
 @pytest.mark.parametrize("command", sorted(c for c in commands() if "tests/bench/" in c))
-def test_bench_command(command, monkeypatch, capsys):
+def test_every_bench_has_the_flags_of_its_command(command, monkeypatch, capsys):
     script = shlex.split(command)[1]
     monkeypatch.setattr(sys, "argv", [script, "--help"])
-    monkeypatch.setattr(sys, "path", sys.path[:])                    # benches put their own folders there
-    with pytest.raises(SystemExit) as end:
+    monkeypatch.setattr(sys, "path", sys.path[:])  # benches put their own folders there
+    with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     shown = capsys.readouterr().out
-    assert end.value.code == 0
-    for flag in re.findall(r"--[a-z-]+", command):
-        assert flag in shown
+    assert all(flag in shown for flag in re.findall(r"--[a-z-]+", command))
 
-
-@pytest.mark.parametrize("command", sorted(c for c in commands() if c.startswith("torchrun")))
-def test_torchrun_command(command):
-    """The flags are right; tests/test_distributed.py runs two processes for real."""
-    words = shlex.split(command)
-    [i] = [i for i, word in enumerate(words) if word.endswith(".py")]
-    {"simclr_deepaug.py": S, "simcse_deepaug.py": T, "vicreg_probe.py": V,
-     "topk_rescue.py": R}[words[i]].settings(words[i + 1:])
-
-
-def test_no_other_kind_of_command():
-    known = r"python (sim\w+_deepaug|vicreg_probe|topk_rescue|cka|tests/bench/\w+)\.py|torchrun "
-    other = [c for c in commands() if not re.match(known, c)]
+def test_there_are_commands_of_every_script_and_no_others():
+    ours = [match for match in map(RUNS.fullmatch, commands()) if match]
+    assert len(ours) > 30 and {match[1] for match in ours} == {*SCRIPTS}
     install = "pip install -r requirements.txt && "
-    assert set(other) <= {install + "python simclr_deepaug.py", install + "pytest",
-                          "python ../shared/data/unpack.py --to data"} | {c for c in other if "tests/gpu/" in c}
     assert install + "pytest" in (ROOT / ".ci/run").read_text()
-    for c in other:
-        for path in re.findall(r"tests/gpu/\S*\.\w+", c):
-            assert (ROOT / path).exists()
+    for c in commands():
+        if not RUNS.fullmatch(c):
+            [path] = re.findall(r"tests/(?:gpu|bench)/\S*\.\w+", c) or [""]
+            assert path and (ROOT / path).exists() or c in (
+                install + "python simclr_deepaug.py", install + "pytest",
+                "python ../shared/data/unpack.py --to data"), c
 
-
-# ------------------------------------------------------------------------------------------- code blocks of README
+# ==== code blocks of README ====
 
 def block(marker):
-    return re.search(rf"<!-- {marker}.*?-->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {marker}.*?-->\n```\w+\n(.*?)```", text, re.S)[1]
 
 class MessagePassing(nn.Module):
-    """h_i <- ReLU(W h_i + U * mean of the neighbours' h): graphs as [B, nodes, features] and [B, nodes, nodes]."""
+    """h_i <- ReLU(W h_i + U * mean of the neighbours' h): graphs as [B, nodes, features] and
+    [B, nodes, nodes]."""
     def __init__(self, width):
         super().__init__()
         self.own, self.others = nn.Linear(width, width), nn.Linear(width, width)
@@ -296,110 +208,101 @@ class MessagePassing(nn.Module):
         degree = adjacency.sum(-1, keepdim=True).clamp(min=1)
         return torch.relu(self.own(h) + self.others(adjacency @ h / degree))
 
-
 class GraphNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.steps, self.out = nn.ModuleList(MessagePassing(8) for _ in range(3)), nn.Linear(8, 4)
+        self.steps = nn.ModuleList(MessagePassing(8) for _ in range(3))
+        self.out = nn.Linear(8, 4)
 
     def forward(self, h, adjacency):
         for step in self.steps:
             h = step(h, adjacency)
         return self.out(h.mean(1))
 
-
-def networks():
-    from torchvision.models import VisionTransformer
-    mlp = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-    vit = VisionTransformer(image_size=16, patch_size=4, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
-    nn.init.normal_(vit.heads.head.weight)                           # torchvision starts it at zero
-    adjacency = (torch.rand(32, 5, 5) < 0.5).float()
-    return {"mlp": (mlp, mlp[2], mlp[0].weight, (torch.randn(32, 6),)),
-            "vit": (vit, vit.encoder.layers[1], vit.conv_proj.weight, (torch.randn(32, 3, 16, 16),)),
-            "graph": (net := GraphNet(), net.steps[1], net.steps[0].own.weight, (torch.randn(32, 5, 8), adjacency))}
-
+def own_network(kind):
+    """(network, one of its layers, a weight below it, inputs)"""
+    if kind == "mlp":
+        net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
+                            nn.Linear(16, 4))
+        return net, net[2], net[0].weight, (torch.randn(32, 6),)
+    if kind == "vit":
+        net = torchvision.models.VisionTransformer(
+            image_size=16, patch_size=4, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
+        nn.init.normal_(net.heads.head.weight)  # torchvision starts it at zero
+        return net, net.encoder.layers[1], net.conv_proj.weight, (torch.randn(32, 3, 16, 16),)
+    net, adjacency = GraphNet(), (torch.rand(32, 5, 5) < 0.5).float()
+    return net, net.steps[1], net.steps[0].own.weight, (torch.randn(32, 5, 8), adjacency)
 
 @pytest.mark.parametrize("kind", ["mlp", "vit", "graph"])
 def test_own_network_block(kind):
-    """README's ten lines on three kinds of networks: they augment in training, do nothing in eval, and with
-    stop-gradient the augmented rows send no gradient below the layer."""
-    code = block("own-network")
+    """README's ten lines on three kinds of networks: they augment in training, do nothing in eval,
+    and with stop-gradient the augmented rows send no gradient below the layer."""
+    code, names = block("own-network"), {}
     assert len([line for line in code.split("def ")[1].splitlines() if line.strip()]) <= 10
-    names = {}
     exec(code, names)
     torch.manual_seed(0)
-    net, layer, weight_below, inputs = networks()[kind]
+    net, layer, below, inputs = own_network(kind)
     clean = net.eval()(*inputs)
     handle = names["augment_after"](layer)
     assert torch.equal(net(*inputs), clean)
     out = net.train()(*inputs)
     changed = (out - clean).abs().flatten(1).amax(1) > 1e-6
-    assert 4 <= changed.sum() <= 28                                  # about half of the 32 rows
-    below = torch.autograd.grad(out[changed].square().sum(), weight_below, retain_graph=True, allow_unused=True)[0]
-    assert below is None or not below.any()
-    assert torch.autograd.grad(out[~changed].square().sum(), weight_below)[0].any()
+    assert 4 <= changed.sum() <= 28  # about half of the 32 rows
+    [grad] = torch.autograd.grad(out[changed].square().sum(), below, retain_graph=True,
+                                 allow_unused=True)
+    assert grad is None or not grad.any()
+    assert torch.autograd.grad(out[~changed].square().sum(), below)[0].any()
     handle.remove()
     assert torch.equal(net(*inputs), clean)
 
-
-def test_load_python_block(workplace, monkeypatch):
-    monkeypatch.chdir(workplace / "runs/base")
+def test_load_python_block(place_of, monkeypatch):
+    monkeypatch.chdir(place_of(S) / "runs/a")
     names = {}
     exec(block("load-python"), names)
-    assert names["features"].shape == (8, names["config"]["dim"]) and "layer4.0.even" in names["layers"]
+    assert names["features"].shape == (8, names["config"]["dim"])
+    assert "layer4.0.even" in names["layers"]
 
-
-def test_load_sentences_block(sentences, monkeypatch):
-    monkeypatch.chdir(sentences / "runs/base")
+def test_load_sentences_block(place_of, monkeypatch):
+    monkeypatch.chdir(place_of(T) / "runs/a")
     names = {}
     exec(block("load-sentences"), names)
     assert -1 <= names["similarity"] <= 1 and names["a"].shape == (32,)
 
-
-def test_cka_says_that_it_reads_pictures(sentences, capsys):
-    with pytest.raises(SystemExit):
-        cka.main([str(sentences / "runs/base/encoder.pt")])
-    assert "takes sentences, not pictures" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-def test_load_cpp_block(workplace, tmp_path):
+def test_load_cpp_block(place_of, tmp_path):
     """README's program, compiled as README says, prints the same number as Python."""
     (tmp_path / "load.cpp").write_text(block("load-cpp"))
-    shutil.copy(workplace / "runs/base/encoder.pt", tmp_path)
-    shell = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    done = subprocess.run(["bash", "-c", shell.replace("$(python ", f"$({sys.executable} ")], cwd=tmp_path,
-                          capture_output=True, text=True)
+    shutil.copy(place_of(S) / "runs/a/encoder.pt", tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shell = re.search(r"```sh\n(.*?)```", readme, re.S)[1]
+    shell = shell.replace("$(python ", f"$({sys.executable} ")
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    features = torch.jit.load(str(tmp_path / "encoder.pt"))(torch.ones(2, 3, 32, 32))
+    features = torch.jit.load(tmp_path / "encoder.pt")(torch.ones(2, 3, 32, 32))
     assert done.stdout.startswith(str(list(features.shape)))
-    assert abs(float(done.stdout.split()[-1]) / features.abs().sum().item() - 1) < 1e-4
+    total = features.abs().sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(total, rel=1e-4)
 
+# ==== pages ====
 
-@pytest.mark.parametrize("script", [S, T, V, R, cka], ids=lambda s: s.__name__)
+def page_of(script):
+    return (ROOT / f"docs/{script.__name__}.md").read_text(encoding="utf-8")
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_every_flag_is_explained(script, capsys):
-    """Every script's page names every flag."""
-    text = (ROOT / f"docs/{script.__name__}.md").read_text()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="0"):
         script.main(["--help"])
-    assert end.value.code == 0
-    for flag in set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}:
-        assert flag in text, flag
+    for flag in {*re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)} - {"--help"}:
+        assert flag in page_of(script), flag
 
-
-@pytest.mark.parametrize("page, place, run", [("simclr_deepaug", "workplace", "dropout20"),
-                                              ("simcse_deepaug", "sentences", "base"), ("vicreg_probe", "probed", "a"),
-                                              ("topk_rescue", "rescued", "a")])
-def test_every_logged_number_is_explained(page, place, run, request):
-    """Every logged column, reported key and written file stands in the script's page."""
-    text = (ROOT / f"docs/{page}.md").read_text()
-    folder = request.getfixturevalue(place) / "runs" / run
-    report = json.loads((folder / "report.json").read_text())
-    columns = [column for table in folder.glob("*.csv") for column in table.read_text().splitlines()[0].split(",")]
-    for key in [*columns, *report]:
-        base = key.removesuffix("_untrained")
-        base = re.sub(r"_(train|test)$", "", base)
-        base = re.sub(r"_(class|superclass)$", "_sample", base)      # explained once for the three levels
+@pytest.mark.parametrize("script", [S, T, V, R], ids=lambda script: script.__name__)
+def test_every_logged_number_and_file_is_explained(script, place_of):
+    run, text = place_of(script) / "runs/a", page_of(script)
+    columns = [column for table in run.glob("*.csv")
+               for column in table.read_text().splitlines()[0].split(",")]
+    for key in [*columns, *report_of(run)]:
+        base = re.sub(r"_(train|test)$", "", key.removesuffix("_untrained"))
+        base = re.sub(r"_(class|superclass)$", "_sample", base)  # one row for the three levels
         assert f"`{base}" in text, key
-    for file in folder.iterdir():
+    for file in run.iterdir():
         assert f"`{file.name}`" in text, file.name

@@ -80,7 +80,7 @@ def losses_of_steps(words, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(script, "learning_rate", alarmed)
             patch.setattr(script, "save_checkpoint", lambda path, state: states.append(state))
-            patch.setattr(time, "time", lambda: next(clock) / 100)  # no minute passes: no more saving
+            patch.setattr(time, "time", lambda: next(clock) / 100)  # no minute passes: no saving
             patch.setattr(script, "measure" if script is E else "probe", lambda *_: {})
             epochs = f"--epochs {125 if script is E else 250} "  # a line of the log: ten steps
             out = tmp_path / f"run{len([*tmp_path.iterdir()])}"
@@ -111,20 +111,22 @@ def test_the_sync_alarm_works():
     (R, "--method dinov2 --strong deepaug --layer 2 --centering centering")],
     ids=lambda x: getattr(x, "NAME", x))
 def test_a_training_step_never_waits_for_the_gpu(script, more, losses_of_steps):
-    """Steps 5 to 7: of pictures an epoch's first one, too. Not with RandAugment: torchvision's geometric
-    operations copy a small matrix to the device."""
+    """Steps 5 to 7: of pictures an epoch's first one, too. Not with RandAugment: torchvision's
+    geometric operations copy a small matrix to the device."""
     losses_of_steps(script, f"--no-compile {more}", 3, 7)
 
 @pytest.mark.parametrize("script, more", [
-    (S, "--layer 4 --rate 0"), (E, "--layer 2 --rate 0 --stop-grad --dropout 0 --mlm --bucket 1"),
-    (V, "--layer 1 --rate 0"), (R, "--method mocov3 --strong deepaug --layer 3 --rate 0")],
+    (S, "--layer 4 --rate 0 --lr 0.1"),
+    (E, "--layer 2 --rate 0 --stop-grad --dropout 0 --mlm --lr 1e-4 --bucket 1"),
+    (V, "--layer 1 --rate 0 --views none"),
+    (R, "--method mocov3 --strong deepaug --layer 3 --rate 0")],
     ids=lambda x: getattr(x, "NAME", x))
 def test_compiled_steps_never_wait_and_learn_what_eager_ones_do(script, more, losses_of_steps):
     """With rate 0 nothing is drawn in the compiled part, but its stop-gradient acts."""
     eager, compiled = (losses_of_steps(script, f"{more} {how}", 51, 55)
                        for how in ("--no-compile", "--compile"))
-    assert len(eager) >= 5 and eager[-1] < 0.95 * eager[0], eager
-    assert compiled == pytest.approx(eager, rel=3e-2, abs=1e-3)
+    assert len(eager) == 5 and eager[-1] < 0.94 * eager[0], eager
+    assert compiled == pytest.approx(eager, rel=4e-2)
 
 @pytest.mark.parametrize("network", ["RES-5-250", "RES-10-250", "RES-5-250 --objective simclr",
                                      "resnet18"])
@@ -150,7 +152,7 @@ def finished(request, words, tmp_path_factory):
 def test_a_whole_run_measures_and_its_encoder_moves_to_cuda_and_trains_there(finished):
     script, _, out, report = finished
     speed = "sentences_per_second" if script is E else "images_per_second"
-    keys = () if script is E else ("linear", "linear_untrained", "knn")  # E: no scored pairs
+    keys = ("sts", "sts_untrained") if script is E else ("linear", "linear_untrained", "knn")
     assert {*keys, speed, "seconds"} <= {*report} and report["export_difference"] <= 1e-4
     assert report.get("same_view", 1) > 0.99  # the rescue's control
     if script is V:
@@ -167,9 +169,9 @@ def test_a_whole_run_measures_and_its_encoder_moves_to_cuda_and_trains_there(fin
                                 [encoder(*x), *encoder.activations(*x)], strict=True):
             assert ours.is_cuda and (ours.cpu() - theirs).abs().max() < 1e-3 * theirs.abs().max()
     moved(*there).square().mean().backward()
-    missing = [n for n, p in moved.named_parameters() if p.grad is None
-               and n.split(".")[0] not in ("head", "projector") and "mask_token" not in n]
-    assert not missing, missing
+    unused = {"head", "projector", "cls", "mask_token"}  # cls: predicts masked words
+    assert not [name for name, weight in moved.named_parameters()
+                if weight.grad is None and not unused & {*name.split(".")}]
 
 def test_deterministic_runs_resume_to_the_same_bits(finished, words, tmp_path, monkeypatch):
     """Stopped by Ctrl-C in step 6. Its clock makes every step a minute: a checkpoint each."""
