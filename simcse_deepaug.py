@@ -383,7 +383,7 @@ def build(a, tokenizer):
         check(a.max_length <= net.longest, f"--max-length: at most {net.longest} tokens")
         if a.eval_only and a.pooler == "cls-mlp" and not a.init:
             net.projector[0].load_state_dict(trained_mlp(a.model))
-    except Exception as e:  # of many kinds: missing, damaged
+    except Exception as e:  # of many kinds
         raise BadInput(f"--model {a.model}: {first_line(e)}") from None
     if state:
         try:
