@@ -20,10 +20,8 @@ over batches of n pictures, for each pair of layers, and divides once: one pass,
     python cka.py RUN/encoder.pt               all layers, and the co-adapted stretch
     python cka.py RUN/encoder.pt --numbered    layers 0-6 (Deep Augmentation, Figure 9)
     python cka.py RUN/encoder.pt OTHER/encoder.pt --even    two networks (Grigg et al., Figure 2)
-    python cka.py RUN/encoder.pt --augment     with views, or with --classes (Figures 3, 5)
 
-Expect of a deep ResNet: a block's output ("even") like its neighbours', what it adds ("odd") like
-nothing but itself.
+Expect a block's output ("even") to be like its neighbours', what it adds ("odd") like nothing.
 """
 import json
 import sys
@@ -64,7 +62,7 @@ def settings(argv=None):
     add("--exact", action="store_true", help="all pictures at once, by the formula above")
     add("--dataset", choices=["samples", "cifar10", "cifar100", "folder"], default="samples",
         help="samples.npz beside the encoder (default), CIFAR's test set, class folders")
-    add("--data-dir", default="data", help="where CIFAR or the class folders are (data)")
+    add("--data-dir", default="data", help="where they are (data)")
     add("--images", type=int, default=2048, help="at most, drawn at random (2048)")
     add("--batch-size", type=int, default=256, help="n of HSIC_1 (256)")
     add("--seed", type=int, default=0, help="of pictures and views (0)")
@@ -108,8 +106,7 @@ def cka_map(pairs):
         check(len(shape) == 3 and first[2] > 3 and shape[:2] == first[:2] and not ragged,
               "all layers need the same pictures, 4 or more, as many in every batch; "
               f"layers of a, b, pictures: {shape}, first {first}")
-        ragged = shape != first
-        if not ragged:
+        if not (ragged := shape != first):
             A, noise_a = grams(acts_a)
             B, noise_b = (A, noise_a) if acts_a is acts_b else grams(acts_b)
             now = A @ B.T, A.square().sum(1), B.square().sum(1), noise_a, noise_b

@@ -378,8 +378,7 @@ def adjust(x, operation, factor):
         luma = rgb_to_grayscale(x)
         toward = luma if operation == 2 else luma.mean((1, 2, 3), keepdim=True)
         return torch.lerp(toward, x, factor).clamp_(0, 1)
-    # HSV: a channel's share of the chroma is clamp(2 - d, 0, 1), d its distance, in sixths of a
-    # turn, from its own hue (0, 2, 4)
+    # HSV: a channel's share of the chroma is clamp(2 - d, 0, 1), d: sixths of a turn to its hue
     r, g, b = x.unbind(1)
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma, red = value - low, (value == r).float()
@@ -472,8 +471,7 @@ def load_folder(a):
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
         train = list_pictures(root / tops["train"])
         known = {name for _, name in train} - {""} or {""}
-        # some test folders have no labels
-        test = next((t for t in tests if known & {name for _, name in t}), [])
+        test = next((t for t in tests if known & {name for _, name in t}), [])  # with labels
     classes = sorted({name for _, name in train} - {""})
     classes = classes if len(classes) > 1 else []  # one class is none
     groups = {name: ([], []) for name in classes or [""]}  # {class: (train, test)}
@@ -928,8 +926,7 @@ def run(a, out, data):
     if chief:
         out.mkdir(parents=True, exist_ok=bool(a.out))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-        config = {"script": NAME, **vars(a), **versions}
-        (out / "config.json").write_text(json.dumps(config))
+        (out / "config.json").write_text(json.dumps({"script": NAME, **vars(a), **versions}))
         print(f"{out}: {len(train_split)} pictures of {a.dataset}, layer {a.layer}")
     state = train(a, net, train_split, out, lambda: probe(net, data, a), state)
     if not chief:
@@ -975,8 +972,7 @@ def main(argv=None):
                 for layer, seed in itertools.product(a.layer, a.seed)]
         out = Path(a.out or f"runs/{NAME}-{time.strftime('%Y%m%d-%H%M%S')}")
         places = [out / f"layer-{r.layer}-seed-{r.seed}" if runs[1:] else out for r in runs]
-        configs = out.rglob("config.json") if a.resume else ()
-        own = any(NAME.encode() in f.read_bytes() for f in configs)
+        own = a.resume and any(NAME in str(f.read_bytes()) for f in out.rglob("config.json"))
         chief = os.environ.get("RANK", "0") == "0"
         check(own or not (chief and out.exists() and any(out.iterdir())),
               f"--out {out} is not empty; --resume goes on with its own run")

@@ -999,8 +999,7 @@ def run(a, out, data):
     if chief:
         out.mkdir(parents=True, exist_ok=bool(a.out))
         versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-        config = {"script": NAME, **vars(a), **versions}
-        (out / "config.json").write_text(json.dumps(config))
+        (out / "config.json").write_text(json.dumps({"script": NAME, **vars(a), **versions}))
         print(f"{out}: {len(data.lengths)} sentences of {data.lengths.mean():.1f} tokens, "
               f"{data.unknown:.1%} of them [UNK], layer {a.layer}")
     state = train(a, net, data, out, flags, lambda tests: measure(net, data, tests), state)
@@ -1056,8 +1055,7 @@ def main(argv=None):
             return result
         out = Path(a.out or f"runs/{NAME}-{time.strftime('%Y%m%d-%H%M%S')}")
         places = [out / f"layer-{r.layer}-seed-{r.seed}" if runs[1:] else out for r in runs]
-        configs = out.rglob("config.json") if a.resume else ()
-        own = any(NAME.encode() in f.read_bytes() for f in configs)
+        own = a.resume and any(NAME in str(f.read_bytes()) for f in out.rglob("config.json"))
         check(own or not (chief and out.exists() and any(out.iterdir())),
               f"--out {out} is not empty; --resume goes on with its own run")
         data = load_data(a)

@@ -77,10 +77,8 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean,
 
 VITS = {"vit-tiny": (64, 4, 2), "vit-s": (384, 12, 6), "vit-b": (768, 12, 12),
         "vit-l": (1024, 24, 16)}  # width, blocks, heads
-# flags whose several values make runs
-RUNS = ["strong", "anchor", "rescue", "k", "s", "seed"]
-# flags without effect on --rescue none
-RESCUE_FLAGS = "rescue k s anchor strong layer rate stop_grad sample".split()
+RUNS = ["strong", "anchor", "rescue", "k", "s", "seed"]  # each value makes a run
+RESCUE_FLAGS = "rescue k s anchor strong layer rate stop_grad sample".split()  # of no other run
 # where and how a run computes, not what: --resume may change them
 HOW = set("out resume device data_dir workers compile probe_every transfer compare preset".split())
 
@@ -769,8 +767,7 @@ def adjust(x, operation, factor):
         luma = rgb_to_grayscale(x)
         toward = luma if operation == 2 else luma.mean((1, 2, 3), keepdim=True)
         return torch.lerp(toward, x, factor).clamp_(0, 1)
-    # HSV: a channel's share of the chroma is clamp(2 - d, 0, 1), d its distance, in sixths of a
-    # turn, from its own hue (0, 2, 4)
+    # HSV: a channel's share of the chroma is clamp(2 - d, 0, 1), d: sixths of a turn to its hue
     r, g, b = x.unbind(1)
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma, red = value - low, (value == r).float()
@@ -863,8 +860,7 @@ def load_folder(a):
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
         train = list_pictures(root / tops["train"])
         known = {name for _, name in train} - {""} or {""}
-        # some test folders have no labels
-        test = next((t for t in tests if known & {name for _, name in t}), [])
+        test = next((t for t in tests if known & {name for _, name in t}), [])  # with labels
     classes = sorted({name for _, name in train} - {""})
     classes = classes if len(classes) > 1 else []  # one class is none
     groups = {name: ([], []) for name in classes or [""]}  # {class: (train, test)}
@@ -1429,8 +1425,7 @@ def main(argv=None):
                 r.rescue, r.k, r.s, r.strong, r.anchor = "none", 0, 0.0, a.strong[0], a.anchor[0]
             runs["-".join(f"{n}-{getattr(r, n)}" for n in several)] = r
         out = Path(a.out or f"runs/{NAME}-{time.strftime('%Y%m%d-%H%M%S')}")
-        configs = out.rglob("config.json") if a.resume else ()
-        own = any(NAME.encode() in f.read_bytes() for f in configs)
+        own = a.resume and any(NAME in str(f.read_bytes()) for f in out.rglob("config.json"))
         chief = os.environ.get("RANK", "0") == "0"
         check(own or not (chief and out.exists() and any(out.iterdir())),
               f"--out {out} is not empty; --resume goes on with its own run")

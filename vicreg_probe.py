@@ -24,7 +24,6 @@ trained?
     bits    information about the picture in the last block, estimated by MINE
 
     python vicreg_probe.py                             the lesson: layers and epochs
-    python vicreg_probe.py --objective vicreg simclr   two runs, side by side
     python vicreg_probe.py --preset paper              the paper's setting, for a GPU
     python vicreg_probe.py --encoder runs/a/encoder-*.pt --target-net vit   other probes, later
 
@@ -82,8 +81,7 @@ PAPER = dict(dataset="cifar100", arch=["RES-5-250"], projector=[2048, 2048], epo
              clip=1e9, weight_decay=1e-6, warmup_epochs=0, crop_min=0.08, blur=0.5, solarize=0.1,
              sample_level=[500, 100, 20], probe_epochs=[0, 20, 40, 100, 400, 1000],
              target_net="resnet18", target_epochs=30, mine_steps=1000)
-# flags of which each value makes a run
-RUNS = ["objective", "views", "arch", "variance", "layer", "seed"]
+RUNS = ["objective", "views", "arch", "variance", "layer", "seed"]  # each value makes a run
 # where and how a run computes, not what: --resume may change them
 HOW = set("out resume device data_dir workers compile preset compare".split())
 
@@ -235,8 +233,7 @@ def fit_svm(x, y, classes, c=1.0, iterations=300):
     by accelerated gradient descent with restarts (O'Donoghue & Candes 2015), in coordinates in
     which the Hessian is at most the identity: so the step is 1, whatever the features' scales."""
     x, own = F.pad(x, (0, 1), value=1), y.view(len(y), -1)
-    # float64: float32's rounding could exceed the identity
-    gram = sum(part.T.double() @ part.double() for part in x.split(8192))
+    gram = sum(part.T.double() @ part.double() for part in x.split(8192))  # float32 rounds too much
     eye = torch.eye(len(gram), dtype=gram.dtype, device=x.device)
     factor = torch.linalg.cholesky((1 + 1e-14 * gram.trace()) * eye + 2 * c * gram)
     scale = torch.linalg.solve_triangular(factor, eye, upper=False).T.float()
@@ -490,8 +487,7 @@ def adjust(x, operation, factor):
         luma = rgb_to_grayscale(x)
         toward = luma if operation == 2 else luma.mean((1, 2, 3), keepdim=True)
         return torch.lerp(toward, x, factor).clamp_(0, 1)
-    # HSV: a channel's share of the chroma is clamp(2 - d, 0, 1), d its distance, in sixths of a
-    # turn, from its own hue (0, 2, 4)
+    # HSV: a channel's share of the chroma is clamp(2 - d, 0, 1), d: sixths of a turn to its hue
     r, g, b = x.unbind(1)
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma, red = value - low, (value == r).float()
@@ -584,8 +580,7 @@ def load_folder(a):
     if "train" in tops and (tests or set(tops) <= {"train", ""}):
         train = list_pictures(root / tops["train"])
         known = {name for _, name in train} - {""} or {""}
-        # some test folders have no labels
-        test = next((t for t in tests if known & {name for _, name in t}), [])
+        test = next((t for t in tests if known & {name for _, name in t}), [])  # with labels
     classes = sorted({name for _, name in train} - {""})
     classes = classes if len(classes) > 1 else []  # one class is none
     groups = {name: ([], []) for name in classes or [""]}  # {class: (train, test)}
@@ -1253,8 +1248,7 @@ def run(a, out, data, made):
             state["targets"] = made[a.seed] = made.get(a.seed) or random_targets(a, data)
         out.mkdir(parents=True, exist_ok=bool(a.out))
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-        config = {"script": NAME, **vars(a), **versions}
-        (out / "config.json").write_text(json.dumps(config))
+        (out / "config.json").write_text(json.dumps({"script": NAME, **vars(a), **versions}))
         print(f"{out}: {len(train_split)} pictures of {a.dataset}")
     def measure(epoch):
         encoder = out / f"encoder-{epoch}.pt"
@@ -1324,8 +1318,7 @@ def main(argv=None):
         for r in runs:
             r.views = r.views or ("none" if r.objective == "supervised" else "simclr")
             r.lr = r.lr or (0.5 if r.objective == "simclr" else 0.1)
-        configs = out.rglob("config.json") if a.resume else ()
-        own = any(NAME.encode() in f.read_bytes() for f in configs)
+        own = a.resume and any(NAME in str(f.read_bytes()) for f in out.rglob("config.json"))
         chief = os.environ.get("RANK", "0") == "0"
         check(own or not (chief and out.exists() and any(out.iterdir())),
               f"--out {out} is not empty; --resume goes on with its own run")
