@@ -164,7 +164,6 @@ def test_mask_tokens_has_the_published_shares():
         _, _, targets = S.mask_tokens(torch.full((size, size), 7), special, mask_id, vocab)
         assert len(targets) == min(size ** 2, int(0.18 * size ** 2) + 8) and (targets < 0).any()
 
-
 # ==== Deep Augmentation acts at layer k ====
 
 def flags_for(k, transform, stop="--stop-grad"):
@@ -376,25 +375,6 @@ def test_a_bucket_is_sorted_by_length_and_its_batches_come_in_any_order():
         assert sum(sorted(batches), []) == sorted(sum(batches, []))
         assert len(batches) < 5 or batches not in (sorted(batches), sorted(batches)[::-1])
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_batches_hold_whole_sentences_and_their_partners_from_any_step_on(pairs, compiled):
-    """At most four lengths when compiled."""
-    a, lengths = one_run("--batch-size 8 --seed 3"), some_lengths(120 if pairs else 60)
-    a.compile = compiled
-    tokens = torch.arange(1, 32 * len(lengths) + 1, dtype=torch.int32).view(-1, 32)  # all differ
-    tokens[torch.arange(32) >= torch.from_numpy(lengths)[:, None]] = 0
-    data = S.SimpleNamespace(tokens=tokens, lengths=lengths.reshape(-1, 60).max(0))
-    order = np.concatenate([S.epoch_order(data.lengths, 8, 10, (3, e)) for e in range(3)])
-    for start in (0, 3, 7, 16):  # 7 batches an epoch
-        batches = S.train_batches(data, a, start, 7, 0, 1)
-        for expected, (index, ids) in zip(order[start:], batches):
-            assert index.tolist() == expected.tolist() and ids.shape[0] == 16
-            both, longest = torch.cat([index, index + 60 * pairs]), ids.shape[1]
-            assert ids.dtype == torch.int64 and torch.equal(ids, tokens[both, :longest].long())
-            assert not tokens[both, longest:].any()
-            assert longest in (8, 16, 24, 32) if compiled else ids.any(0).all()
-
 @pytest.mark.parametrize("total, warmup", [(300, 0.1), (1, 0.5), (10, 0), (100, 0.99), (7, 0.3)])
 def test_learning_rate_rises_linearly_then_falls_linearly(total, warmup):
     """Never 0, the peak is --lr; supervised it stays there."""
@@ -465,7 +445,6 @@ def test_the_learned_vocabulary_is_always_the_same_and_covers_chinese():
     tokenizer = S.learn_tokenizer(lines, 8000)
     ids = [i for line in lines[:200] for i in tokenizer(line)["input_ids"]]
     assert ids.count(tokenizer.unk_token_id) == 0 and len(ids) == 200 * 22
-
 
 @pytest.mark.parametrize("name, content, words, expected", [
     ("a.txt", "one\r\n\r\n  two  words \r\nthree", "", ["one", "two words", "three"]),
@@ -643,23 +622,6 @@ def test_every_experiment_changes_the_result_and_scoring_does_not(texts, done, t
     assert equal == (text == "")
     encoder = torch.jit.load(tmp_path / "run/encoder.pt")
     assert encoder(*some_tokens()).isfinite().all()
-
-def test_layer_auto_is_where_the_co_adapted_stretch_starts_or_ends(texts, done, live, tmp_path):
-    pairs = S.load_pairs(one_run("--sts-dir", texts / "sts"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(done / "tokenizer")
-    M, (start, end) = S.layer_map(live, S.SimpleNamespace(pairs=pairs, tokenizer=tokenizer))
-    assert M.shape == (4, 4) and cka.coadapted_stretch(M[:-1, :-1]) == (start, end)
-    sentences = list(dict.fromkeys(pairs["dev"][0] + pairs["dev"][1]))
-    x = tokenizer(sentences, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        *states, z = live.activations(x["input_ids"], x["attention_mask"])
-    acts = [torch.stack([h[m.bool()].mean(0) for h, m in zip(s, x["attention_mask"])])
-            for s in states]
-    torch.testing.assert_close(M, cka.cka_map([([*acts, z],) * 2]), rtol=1e-3, atol=1e-3)
-    for flag, layer in (("--stop-grad", start), ("--no-stop-grad", end)):
-        report = S.main(flags(texts, "--epochs 0 --layer auto", flag, "--init", done,
-                              "--out", tmp_path / flag))
-        assert report["targets"] == [layer] and report["flags"]["layer"] == str(layer)
 
 def test_several_values_make_runs_and_compare_pools_the_seeds(texts, tmp_path, capsys):
     out = tmp_path / "runs"

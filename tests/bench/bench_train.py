@@ -46,10 +46,8 @@ ROWS = {  # row: (script, flags on CUDA, flags on the CPU)
 }
 WARM, TIMED, WATCHED = 2, 5, 5  # stretches, stretches, steps
 
-
 class Enough(Exception):
     """main() has come to train(), or train() to the last step that is asked for."""
-
 
 def matrix_rate(device):
     """FLOP/s of a large matrix product."""
@@ -63,7 +61,6 @@ def matrix_rate(device):
         finish(device)
         times.append(time.perf_counter() - start)
     return 2 * n ** 3 / statistics.median(times[3:])
-
 
 class Training:
     """A script's train(), with the arguments that main(flags) calls it with."""
@@ -142,7 +139,6 @@ class Training:
         rates = [self.a.batch_size * steps / (b - a) for a, b in itertools.pairwise(times)]
         return rates, syncs, kernels
 
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +167,6 @@ def main(argv=None):
                       *sorted(syncs), end="")
             print(flush=True)
     return results
-
 
 if __name__ == "__main__":
     main()
