@@ -898,6 +898,7 @@ def compare(folders):
         print(f"{name:{width}}" + "".join(f"{c.removesuffix(' ± 0.00'):>17}" for c in cells))
     target = (folders[0] if len(folders) == 1 else folders[0].parent) / "compare.png"
     draw(target, panels)
+    print(target)
     return table
 
 def run(a, out, data):
@@ -979,7 +980,7 @@ def main(argv=None):
         data = {name: load_data(name, a) for name in [a.dataset, *a.transfer]}
         split = data[a.dataset][0]
         split.labels = split.labels[:a.pictures or None]  # which are its length
-        check(a.batch_size <= len(split), f"--batch-size: there are {len(split)} pictures")
+        check(a.batch_size <= len(split), f"--batch-size: there are only {len(split)} pictures")
         check(a.objective == "simclr" or data[a.dataset][2], "--objective supervised needs labels")
         reports = [run(r, place, data) for r, place in zip(runs, places)]
         table = compare([out]) if chief else {}

@@ -121,7 +121,7 @@ def settings(argv=None):
     add = p.add_argument_group("sentences").add_argument
     add("--train-file", help="UTF-8, a sentence a line, .csv or .tsv; default: a grammar's")
     add("--column", help="of a .csv or .tsv; default: the first")
-    add("--sts-dir", help="SentEval's data/downstream: STS/ and SICK/; default: the grammar's")
+    add("--sts-dir", help="SentEval's data/downstream: STS/ and SICK/; else the grammar's pairs")
     add("--max-length", type=within(4, 10 ** 4, int), default=32, help="tokens, in training")
     add = p.add_argument_group("network").add_argument
     add("--model", default="small", help="small: a new BERT; or a folder or name for transformers")
@@ -973,6 +973,7 @@ def compare(folders):
         print(f"{name:{width}}" + "".join(f"{c.removesuffix(' ± 0.00'):>14}" for c in cells))
     target = (folders[0] if len(folders) == 1 else folders[0].parent) / "compare.png"
     draw(target, panels)
+    print(target)
     return table
 
 def run(a, out, data):
@@ -1001,7 +1002,8 @@ def run(a, out, data):
         versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
         (out / "config.json").write_text(json.dumps({"script": NAME, **vars(a), **versions}))
         print(f"{out}: {len(data.lengths)} sentences of {data.lengths.mean():.1f} tokens, "
-              f"{data.unknown:.1%} of them [UNK], layer {a.layer}")
+              f"{data.unknown:.1%} of them [UNK], layer {a.layer}"
+              f"{', no scores' * (not data.pairs)}")
     state = train(a, net, data, out, flags, lambda tests: measure(net, data, tests), state)
     if not chief:
         return {}

@@ -754,8 +754,8 @@ def load_checkpoint(path, flags):
 
 def losses(a, z, labels):
     """{"loss"} of the head's output for the whole batch; of two views also its parts as Figure 3
-    (left) follows them, loss = invariance + regularisation, and embedding_std, of the normalised
-    embeddings times sqrt(d): 1 spread evenly, 0 collapsed."""
+    (left) follows them, loss = invariance + regularisation, and embedding_std, 0 where all is one
+    point: of VICReg's embeddings as they are, of SimCLR's normalised ones times sqrt(d)."""
     if a.objective == "supervised":
         return {"loss": F.cross_entropy(gather(z), gather(labels))}
     z1, z2 = map(gather, z.chunk(2))
@@ -767,7 +767,8 @@ def losses(a, z, labels):
         loss = nt_xent(z1, z2, 0.5)
         first = -F.cosine_similarity(z1, z2).mean() / 0.5
         second = loss - first
-    std = F.normalize(z1.detach()).std(0).mean() * z.shape[1] ** 0.5
+        z1 = F.normalize(z1) * z.shape[1] ** 0.5
+    std = z1.detach().std(0).mean()
     return {"loss": loss, "invariance": first, "regularisation": second, "embedding_std": std}
 
 def train(a, net, split, out, measure, state):
@@ -1111,21 +1112,20 @@ def draw(path, panels):
 # --- end ---
 
 def derived(report):
-    """The rows of one run with what figures draw: linear, ratios, growth (over the first epoch's
+    """The rows of one run with what figures draw: SVM, ratios, growth (over the first epoch's
     value), last and kept: of the last epoch, of the representation."""
     rows, flags = report["probes"], report["flags"]
     at = {(r["epoch"], r["layer"], r["target"]): r for r in rows}
     probed = [r for r in rows if r["target"] in LEVELS]
     first, last, kept = probed[0]["epoch"], probed[-1]["epoch"], probed[-1]["layer"]
-
     def ratio(name, row, k, over, l):
         if row.get(k) is not None and over.get(l):
             row[name] = row[k] / over[l]
-    for (epoch, layer, target), r in at.items():  # report.json's is the logistic
-        r.update(linear=r.get("svm", r.get("logistic")), last=epoch == last, kept=layer == kept)
-        ratio("NCC / linear", r, "ncc_test", r, "linear")
+    for (epoch, layer, target), r in at.items():  # SVM: without one the logistic
+        r.update(SVM=r.get("svm", r.get("logistic")), last=epoch == last, kept=layer == kept)
+        ratio("NCC / SVM", r, "ncc_test", r, "SVM")
         if target == "superclass":
-            ratio("super / class", r, "linear", at[epoch, layer, "class"], "linear")
+            ratio("super / class", r, "SVM", at[epoch, layer, "class"], "SVM")
         for k in MEASURES if target == "random 0.00" else ():
             ratio(f"{k} ratio", r, k, at[epoch, layer, "random 1.00"], k)
         for k in [k for k, v in r.items() if type(v) is float]:
@@ -1153,17 +1153,17 @@ def panel(rows, x, ys, lines, where):
 RATIOS = [f"{k} ratio growth" for k in MEASURES[3:8]]  # from NCC on
 FIGURES = [  # title, x, ys, what lines are, which target
     *((f"Fig. {i}: {y}{end}", "epoch", [f"{y}{end}"], ["target"], "") for i, end in
-      ((6, ""), (2, " growth")) for y in ("ncc_train", "NCC / linear", "linear")),
+      ((6, ""), (2, " growth")) for y in ("ncc_train", "NCC / SVM", "SVM")),
     ("Fig. 3, left: the loss", "epoch", ["invariance", "regularisation"], [], "loss"),
     ("Fig. 10: over mu", "epoch", ["invariance / mu", "regularisation / mu"], [], "loss"),
     ("Fig. 3, middle: bits", "epoch", ["bits"], [], "information"),
     ("Fig. 3, right: NCC %, classes", "epoch", ["ncc_train", "ncc_test"], [], "class"),
-    ("Fig. 4, left, 11, 12: linear %", "randomness", ["linear"], ["epoch"], ""),
-    ("Fig. 4, middle, 11, 12: linear %", "randomness", ["linear"], ["layer"], ""),
+    ("Fig. 4, left, 11, 12: SVM %", "randomness", ["SVM"], ["epoch"], ""),
+    ("Fig. 4, middle, 11, 12: SVM %", "randomness", ["SVM"], ["layer"], ""),
     ("Fig. 4, right: trained / random", "epoch", RATIOS, [], "random 0.00"),
     ("targets: true %, commonest %", "randomness", ["agreement", "majority"], [], ""),
-    ("Fig. 5, 7, 11: linear %, classes", "layer", ["linear"], ["epoch"], "class"),
-    ("Fig. 5, 7, 11: linear %, superclasses", "layer", ["linear"], ["epoch"], "superclass"),
+    ("Fig. 5, 7, 11: SVM %, classes", "layer", ["SVM"], ["epoch"], "class"),
+    ("Fig. 5, 7, 11: SVM %, superclasses", "layer", ["SVM"], ["epoch"], "superclass"),
     ("Fig. 5: super / class, grown", "layer", ["super / class growth"], ["epoch"], "superclass"),
     ("Fig. 8: NCC, test %, classes", "layer", ["ncc_test"], ["epoch"], "class"),
     ("Fig. 9: NCC, test %, samples", "layer", ["ncc_test"], ["epoch"], "sample")]
@@ -1215,7 +1215,7 @@ def compare(folders):
         values = {k: [r.get(k) for r in reports] for k in reports[0]}
         table[name] = {k: (mean(v), stdev(v) if v[1:] else 0.0) for k, v in values.items()
                        if {*map(type, v)} == {float}}
-    for target, measure in itertools.product(LEVELS, ("linear", "ncc_test")):
+    for target, measure in itertools.product(LEVELS, ("SVM", "ncc_test")):
         lines = panel(rows, "layer", [measure], ["run", "epoch"], {"target": target})
         layers = [x for x, *_ in next(iter(lines.values()), [])]
         title, width = f"{target}: {measure}, test %", max(map(len, lines), default=0)

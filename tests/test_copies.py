@@ -177,6 +177,7 @@ def assert_same_run(run, other):
 def test_ctrl_c_prints_the_command_that_goes_on_to_the_same_bits(
         script, words, done, tmp_path, monkeypatch, capsys):
     """In the middle of an epoch; the folder's name has a space."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     out, ctrl_c = tmp_path / "a run", clock(33, lambda: signal.raise_signal(signal.SIGINT))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(time, "time", ctrl_c)
