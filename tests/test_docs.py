@@ -193,8 +193,8 @@ def test_there_are_commands_of_every_script_and_no_others():
 
 # ==== code blocks of README ====
 
-def block(marker):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def block(marker, page="README.md"):
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.search(rf"<!-- {marker}.*?-->\n```\w+\n(.*?)```", text, re.S)[1]
 
 class MessagePassing(nn.Module):
@@ -261,6 +261,14 @@ def test_load_python_block(place_of, monkeypatch):
     exec(block("load-python"), names)
     assert names["features"].shape == (8, names["config"]["dim"])
     assert "layer4.0.even" in names["layers"]
+
+def test_fine_tuning_block_trains_the_encoder_itself(place_of, monkeypatch):
+    monkeypatch.chdir(place_of(S) / "runs/a")
+    names = {}
+    exec(block("finetune", "docs/lessons.md"), names)
+    before = torch.jit.load("encoder.pt").state_dict()
+    moved = [k for k, v in names["encoder"].state_dict().items() if not torch.equal(v, before[k])]
+    assert any("layer1" in k or "stem" in k for k in moved) and names["loss"].isfinite()
 
 def test_load_sentences_block(place_of, monkeypatch):
     monkeypatch.chdir(place_of(T) / "runs/a")
