@@ -494,7 +494,7 @@ def load_folder(a):
     check(sizes and splits[1], f"--data-dir {root}: too few pictures")
     usual = median_low(sizes)
     size = a.image_size or min(224, usual)
-    side = max(size, min(round(size * 8 / 7), usual))
+    side = max(size, min(round(size * 8 / 7), usual))  # a margin for crops
     fit = 3 * side ** 2 * sum(map(len, splits)) < 4 << 30
     for part, pictures in enumerate(splits):
         random.Random(0).shuffle(pictures)  # the first n are then of all classes
@@ -516,7 +516,7 @@ def draw_shapes(n, seed, device):
 
     label = (torch.arange(n) % 20)[torch.randperm(n, generator=g)].to(device)
     family, kind = (label // 4).view(n, 1, 1, 1), (label % 4).view(n, 1, 1, 1)
-    axis = (torch.arange(32, device=device) + 0.5) / 16 - 1
+    axis = (torch.arange(32, device=device) + 0.5) / 16 - 1  # pixel centres in -1..1
     radius, turn = uniform(0.5, 0.85), uniform(0, 2 * math.pi)
     y = (axis.view(32, 1) - uniform(-0.2, 0.2)) / radius
     x = (axis - uniform(-0.2, 0.2)) / radius
@@ -557,7 +557,7 @@ def load_data(name, a):
     else:
         cifar = getattr(torchvision.datasets, name.upper())
         root = a.data_dir if a.data_dir and a.dataset != "folder" else "data"
-        try:  # several processes must find them there
+        try:  # torchvision checks the files; several processes must find them there
             sets = [cifar(root, train, download=not dist.is_initialized())
                     for train in (True, False)]
         except (RuntimeError, OSError) as e:
@@ -740,7 +740,7 @@ def linear_probe(x, y, x_test, y_test, classes):
     """Test accuracy in % of a logistic regression on features [n, D], labels [n]; its weight decay
     is chosen on a tenth of at most 10,000 of them."""
     centre, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, x_test = (F.pad((x - centre) / std, (0, 1), value=1) for x in (x, x_test))
+    x, x_test = (F.pad((x - centre) / std, (0, 1), value=1) for x in (x, x_test))  # 1: for the bias
 
     def fit(x, y, decay, iterations):  # full-batch L-BFGS
         w = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)

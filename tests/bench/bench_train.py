@@ -163,8 +163,8 @@ def main(argv=None):
                   f"{min(rates):9.0f}{max(rates):9.0f}{1000 * batch / rate:9.2f}"
                   f"{100 * flops * rate / batch / limit:8.1f}%", end="")
             if device.type == "cuda":
-                print(f"{kernels:9.2f}{len(syncs):7}{torch.cuda.max_memory_allocated() / 2**30:7.2f}",
-                      *sorted(syncs), end="")
+                memory = torch.cuda.max_memory_allocated() / 2 ** 30
+                print(f"{kernels:9.2f}{len(syncs):7}{memory:7.2f}", *sorted(syncs), end="")
             print(flush=True)
     return results
 
