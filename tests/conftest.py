@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, for children too
@@ -48,6 +49,12 @@ class Trap:
     """Unpickled, it runs code."""
     def __reduce__(self):
         return eval, ("open('sprung', 'w')",)
+
+@pytest.fixture(scope="session")
+def background():
+    """background.submit(f, ...) -> a future: what takes long, beside the tests, one at a time."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
@@ -123,6 +130,6 @@ def real_data(tmp_path_factory):
     if not (SHARED / "unpack.py").exists():
         pytest.skip("no ../shared/data: real data is not here")
     to = tmp_path_factory.mktemp("data")
-    words = [sys.executable, SHARED / "unpack.py", "--to", to, "cifar-100", "cifar-10"]
+    words = [sys.executable, SHARED / "unpack.py", "--to", to, "cifar-100"]
     subprocess.run(words, check=True, capture_output=True)
     return to

@@ -155,8 +155,17 @@ def words(script, few, texts):
     return [*map(str, data), *"--device cpu --epochs 2".split(), *TINY[script.NAME].split()]
 
 @pytest.fixture(scope="module")
-def done(script, words, tmp_path_factory):
-    """A finished run; tests change nothing in its folder."""
+def under_torchrun(script, words, tmp_path_factory, background):
+    """(folder, future of the finished process) of a copy of the script and its run there."""
+    here = tmp_path_factory.mktemp("alone")
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    run = [sys.executable, *command.split(), shutil.copy(script.__file__, here), *words]
+    return here, background.submit(subprocess.run, [*run, "--out", "run"], cwd=here,
+                                   capture_output=True, text=True, timeout=400)
+
+@pytest.fixture(scope="module")
+def done(script, words, tmp_path_factory, under_torchrun):
+    """A finished run, beside the one under torchrun; tests change nothing in its folder."""
     out = tmp_path_factory.mktemp("done") / "run"
     script.main([*words, "--out", str(out)])
     return out
@@ -284,16 +293,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, words, tmp_path, monkey
     assert all(v.isfinite().all() for v in state["model"].values())
 
 def test_a_script_copied_alone_trains_under_torchrun_and_one_process_writes(
-        script, words, done, tmp_path):
-    file = shutil.copy(script.__file__, tmp_path)
-    command = "-m torch.distributed.run --standalone --nproc_per_node=2"
-    end = subprocess.run([sys.executable, *command.split(), file, *words, "--out", "run"],
-                         cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        script, done, under_torchrun):
+    here, end = under_torchrun[0], under_torchrun[1].result()
     assert end.returncode == 0, end.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {Path(file).name, "run"}
-    assert end.stdout.count("run: ") == 1 and state_of(tmp_path / "run")["step"] == 12
-    assert report_of(tmp_path / "run").keys() == report_of(done).keys()
-    assert torch.jit.load(tmp_path / "run/encoder.pt")
+    assert {p.name for p in here.iterdir()} == {f"{script.NAME}.py", "run"}
+    assert end.stdout.count("run: ") == 1 and state_of(here / "run")["step"] == 12
+    assert report_of(here / "run").keys() == report_of(done).keys()
+    assert torch.jit.load(here / "run/encoder.pt")
 
 def test_command_lines_as_a_user_types_them(script, words, done, tmp_path, in_a_process):
     """No epochs: the untrained network is measured. --out: by date and time."""

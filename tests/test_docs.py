@@ -22,8 +22,8 @@ import simcse_deepaug as T
 import topk_rescue as R
 import vicreg_probe as V
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "tests").rglob("*.md"))]
+TAUGHT = [ROOT / "README.md", ROOT / "docs/lessons.md"]
+PAGES = [*TAUGHT, *sorted({*(ROOT / "docs").glob("*.md")} - {*TAUGHT})]
 SCRIPTS = {f"{script.__name__}.py": script for script in (S, T, V, R, cka)}
 
 def expanded(shell):
@@ -131,13 +131,25 @@ def as_a_shell_gives(words):
     for before, word in zip(["", *words], words):
         run, there = re.sub("/encoder.*", "", word).replace("*", "0"), any(Path().glob(word))
         if re.match("runs/|RUN|OTHER", run) and before != "--out" and not there:
-            shutil.copytree("runs/a", run)
+            shutil.copytree("runs/a", run, dirs_exist_ok=True)
+            if word.endswith(".pt") and "*" not in word and not Path(word).exists():
+                shutil.copy("runs/a/encoder.pt", word)
     return [w for word in words for w in sorted(map(str, Path().glob(word))) or [word]]
 
 RUNS = re.compile(r"(?:python|torchrun --nproc_per_node=\d) (\w+\.py)\b(.*)")
 
 @pytest.mark.parametrize("command", sorted(filter(RUNS.fullmatch, commands())))
-def test_every_command_runs_in_small_form(command, place_of, few, request, monkeypatch, tmp_path):
+def test_every_command_has_flags_that_the_script_takes_together(command, monkeypatch):
+    """As it stands. That each kind of experiment runs is for the tests of its script."""
+    name, words = RUNS.fullmatch(command).groups()
+    monkeypatch.setenv("WORLD_SIZE", "4" if command.startswith("torchrun") else "1")
+    if "--help" not in words:
+        SCRIPTS[name].settings(shlex.split(words))
+
+@pytest.mark.parametrize("command", sorted(
+    c for c, page in commands().items() if RUNS.fullmatch(c)
+    and page in ("README.md", "lessons.md", *SCRIPTS)))
+def test_every_command_that_is_taught_runs_in_small_form(command, place_of, few, request, monkeypatch, tmp_path):
     name, words = RUNS.fullmatch(command).groups()
     script = SCRIPTS[name]
     monkeypatch.chdir(place_of(S if script is cka else script))
@@ -276,17 +288,24 @@ def test_load_sentences_block(place_of, monkeypatch):
     exec(block("load-sentences"), names)
     assert -1 <= names["similarity"] <= 1 and names["a"].shape == (32,)
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-def test_load_cpp_block(place_of, tmp_path):
-    """README's program, compiled as README says, prints the same number as Python."""
-    (tmp_path / "load.cpp").write_text(block("load-cpp"))
-    shutil.copy(place_of(S) / "runs/a/encoder.pt", tmp_path)
+@pytest.fixture(scope="module", autouse=True)
+def compiled(place_of, tmp_path_factory, background):
+    """(folder, future of the finished process) of README's program, which takes a minute."""
+    here = tmp_path_factory.mktemp("cpp")
+    (here / "load.cpp").write_text(block("load-cpp"))
+    shutil.copy(place_of(S) / "runs/a/encoder.pt", here)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shell = re.search(r"```sh\n(.*?)```", readme, re.S)[1]
     shell = shell.replace("$(python ", f"$({sys.executable} ")
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    return here, background.submit(subprocess.run, ["bash", "-c", shell], cwd=here,
+                                   capture_output=True, text=True)
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_load_cpp_block(compiled):
+    """README's program, compiled as README says, prints the same number as Python."""
+    here, done = compiled[0], compiled[1].result()
     assert done.returncode == 0, done.stderr[-2000:]
-    features = torch.jit.load(tmp_path / "encoder.pt")(torch.ones(2, 3, 32, 32))
+    features = torch.jit.load(here / "encoder.pt")(torch.ones(2, 3, 32, 32))
     assert done.stdout.startswith(str(list(features.shape)))
     total = features.abs().sum().item()
     assert float(done.stdout.split()[-1]) == pytest.approx(total, rel=1e-4)
