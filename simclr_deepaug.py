@@ -827,7 +827,7 @@ def draw(path, panels):
 def export(a, net, split, classes, out, report):
     """Writes encoder.pt (TorchScript), weights.safetensors (torchvision's keys), samples.npz (for
     cka.py). Returns the largest relative difference of encoder.pt, read back, from `net`."""
-    live, size = copy.deepcopy(net).cpu().eval().requires_grad_(), split.size
+    live, size = copy.deepcopy(net).cpu().eval().requires_grad_(), split.size  # to fine-tune
     example, activations, worst = torch.rand(2, 3, size, size), live.activations, 0.0
     live.forward, live.activations = live.features, lambda x: [*activations(x).values()]
     names = list(activations(example))

@@ -78,7 +78,7 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean,
 VITS = {"vit-tiny": (64, 4, 2), "vit-s": (384, 12, 6), "vit-b": (768, 12, 12),
         "vit-l": (1024, 24, 16)}  # width, blocks, heads
 RUNS = ["strong", "anchor", "rescue", "k", "s", "seed"]  # each value makes a run
-RESCUE_FLAGS = "rescue k s anchor strong layer rate stop_grad sample".split()  # of no other run
+RESCUE_FLAGS = "rescue k s anchor strong layer rate stop_grad sample".split()  # nothing to none
 # where and how a run computes, not what: --resume may change them
 HOW = set("out resume device data_dir workers compile probe_every transfer compare preset".split())
 
@@ -1272,7 +1272,7 @@ def export(a, net, split, classes, out, report):
     model/, and samples.npz (for cka.py). Returns the file's largest relative difference."""
     for m in net.modules():
         m.last = None  # cannot be copied
-    live, size = copy.deepcopy(net).cpu().eval().requires_grad_(), split.size
+    live, size = copy.deepcopy(net).cpu().eval().requires_grad_(), split.size  # to fine-tune
     example, activations, worst = torch.rand(2, 3, size, size), live.activations, 0.0
     live.forward, live.activations = live.features, lambda x: [*activations(x).values()]
     names = list(activations(example))
